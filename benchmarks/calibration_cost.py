@@ -62,6 +62,8 @@ def ways(ranks: list[int]) -> dict[str, Way]:
         add(f"{count} batches", min(count, WARMUP_BATCHES), False, count)
     for count in (1, 2, 4):
         add(f"{count} batches, maxvol", count, False, count, select="maxvol")
+    add("12 batches, head warmed up on 12", 12, False, 12)
+    add("12 batches, head warmed up on 50", 50, True, 12)
     add("12 batches, power step", WARMUP_BATCHES, False, 12, power_steps=1)
     add("12 batches, Gram matrices", WARMUP_BATCHES, False, 12, decomposition="exact")
     add("12 batches, scored", WARMUP_BATCHES, False, 12, score="token_square")

@@ -58,7 +58,7 @@ def calibrate(
     rank: int | None = None,
     density: float = 0.01,
     basis_per: Literal["layer", "kind"] = "layer",
-    source: Literal["batch", "token", "token_gradient"] = "token_gradient",
+    source: Literal["batch", "token", "token_gradient"] = "token",
     score: Literal["spectral", "gradient", "square", "token_square"] = "spectral",
     warmup_steps: int = 50,
     seed: int = 0,
@@ -84,8 +84,8 @@ def calibrate(
         density: Share of the parameters that will train.
         basis_per: ``layer``: one basis per module; ``kind``: modules at the same place of their
             blocks share one, which saves memory.
-        source: ``token_gradient``: from the gradients of single tokens; ``token``: from g and x of
-            every token; ``batch``: from the gradients of batches, as the paper does.
+        source: ``token``: from g and x of every token; ``token_gradient``: from the gradients of
+            single tokens; ``batch``: from the gradients of batches, as the paper does.
         score: How the parameters of a static support are scored; ``spectral`` needs no second pass.
         warmup_steps: Steps that train the new head of a transformers classifier before the bases
             are computed, undone afterwards. A random head gives random gradients.

@@ -7,16 +7,20 @@ to be extended; :mod:`sparsegrad_cli.peft.registration` names the versions that 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from sparsegrad_cli.models.digests import fingerprint
 from sparsegrad_cli.models.quantized import dtype_of, record_dtype
-from sparsegrad_cli.models.targets import is_linear, linear_shape
+from sparsegrad_cli.models.targets import Target, is_linear, linear_shape
 from sparsegrad_cli.numerics.hosvd import Basis, by_columns, map_bases, truncated
 from sparsegrad_cli.numerics.sizing import count_for_density, rank_for_counts
 from sparsegrad_cli.peft.config import SparseGradConfig
@@ -64,6 +68,7 @@ class SparseGradModel(BaseTuner):
         if peft_config.basis is None:
             self._plans = _saved_plans(peft_config, layers)
             return
+        _warn_of_other_weights(peft_config.basis, model)
         self._plans = _new_plans(peft_config, layers)
         peft_config.layers = {
             name: [plan.basis.q_out.shape[1], plan.basis.q_in.shape[1], plan.count]
@@ -182,15 +187,27 @@ class SparseGradModel(BaseTuner):
             adapter_name: Name of the new adapter, which does not become active.
 
         Raises:
-            ValueError: A name is unknown or taken, or the numbers of names and weights differ.
+            ValueError: A name is unknown or taken, the numbers of names and weights differ, a
+                weight is not finite, or the adapters train further modules, such as a classifier.
         """
+        if not adapters:
+            raise ValueError("expected names of adapters, got none")
         unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or not adapters:
+        if unknown:
             raise ValueError(f"unknown adapters {unknown}: there is {', '.join(self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: choose another name")
         if len(adapters) != len(weights):
-            raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights")
+            raise ValueError(f"expected {len(adapters)} weights, one each, got {len(weights)}")
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights are {list(weights)}: expected finite numbers")
+        for path, wrapper in self.model.named_modules():
+            saved = isinstance(wrapper, ModulesToSaveWrapper) and wrapper.modules_to_save
+            if saved and any(adapter in saved for adapter in adapters):
+                raise ValueError(
+                    f"the adapters train {path} besides (modules_to_save), which cannot be "
+                    "added: combine adapters without it, and copy the module that you want"
+                )
         config = copy.copy(self.peft_config[adapters[0]])
         config.basis, config.layers, config.shared_bases = None, {}, {}
         config.support, config.refresh_steps, config.state_capacity = "static", None, None
@@ -278,6 +295,31 @@ def _nothing_matches(config: SparseGradConfig) -> str:
     )
 
 
+def _warn_of_other_weights(basis: Any, model: nn.Module) -> None:
+    """Warn if a basis that says what it was computed on was not computed on this model."""
+    metadata = getattr(basis, "metadata", None)
+    if metadata is None:
+        return
+    targets: list[Target] = []
+    for name in metadata.targets:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if isinstance(layer, BaseTunerLayer):
+            return  # Another adapter is in the model: it was compared when that one was added.
+        if layer is None or not is_linear(layer):
+            targets = []
+            break
+        targets.append(Target(name, "", 0, *linear_shape(layer), isinstance(layer, Conv1D)))
+    if not targets or fingerprint(model, targets) != metadata.fingerprint:
+        warnings.warn(
+            "SparseGradConfig: the basis was computed on a model with other weights or layers, so "
+            "its directions may not fit this one: calibrate this model",
+            stacklevel=2,
+        )
+
+
 def _warn_of_small_cores(
     config: SparseGradConfig,
     shapes: dict[str, tuple[int, int]],
@@ -328,6 +370,7 @@ def _check_tensors(config: SparseGradConfig, state_dict: dict[str, Tensor]) -> N
             given.get(f"{config.shared_bases.get(name, name)}.{part}") for part in (_Q_OUT, _Q_IN)
         )
         problem = ""
+        support = given.get(f"{name}.sparsegrad_support")
         if tuple(values.shape) != wanted:
             problem = f"values of the shape {tuple(values.shape)}, expected {wanted}"
         elif static != (f"{name}.sparsegrad_support" in given):
@@ -337,6 +380,8 @@ def _check_tensors(config: SparseGradConfig, state_dict: dict[str, Tensor]) -> N
         elif (q_out.shape[1], q_in.shape[1]) != (rows, columns):
             got = f"{q_out.shape[1]} x {q_in.shape[1]}"
             problem = f"bases for a core of {got}, expected {rows} x {columns}"
+        elif support is not None and bool(((support < 0) | (support >= rows * columns)).any()):
+            problem = "positions outside the core"
         if problem:
             raise ValueError(
                 f"adapter_config.json does not fit the adapter's file: with support="

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,15 +72,16 @@ def optimizer(
         model: A PEFT model; adapters that do not train are left out.
         lr: See :func:`parameter_groups`, as for ``head_lr`` and ``weight_decay``.
         head_lr: Learning rate of the head.
-        weight_decay: Of matrices that are not cores.
+        weight_decay: Of cores and other matrices.
         betas: As in ``torch.optim.AdamW``.
         eps: As in ``torch.optim.AdamW``.
 
     Raises:
-        ValueError: The model has no SparseGrad adapter, or no parameter trains, or an adapter was
-            made from a saved configuration and its weights were not loaded, or FSDP has split a
-            core whose parameters the optimizer chooses.
+        ValueError: A number is out of range, the model has no SparseGrad adapter, no parameter
+            trains, an adapter was made from a saved configuration and its weights were not loaded,
+            or FSDP has split a core whose parameters the optimizer chooses.
     """
+    _check_numbers(lr=lr, head_lr=head_lr, weight_decay=weight_decay, betas=betas, eps=eps)
     if not any(isinstance(module, SparseGradLayer) for module in model.modules()):
         raise ValueError(
             "expected a model with SparseGrad adapters, got one without: wrap it with "
@@ -87,7 +89,10 @@ def optimizer(
         )
     groups = parameter_groups(model, lr=lr, head_lr=head_lr, weight_decay=weight_decay)
     if not groups:
-        raise ValueError("no parameter of the model trains: activate an adapter first")
+        raise ValueError(
+            "no parameter of the model trains: activate an adapter with set_adapter, or load it "
+            "with is_trainable=True"
+        )
     for layer, name, _ in _trained_values(model):
         if not bool(layer.sparsegrad_q_in[name].any()):
             raise ValueError(
@@ -107,6 +112,21 @@ def optimizer(
     watched = next(found for found in _trained_values(model) if found[2] in chosen)
     watched[0].watch_optimizer(watched[1], made)
     return made
+
+
+def _check_numbers(*, betas: Any, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is None and name == "head_lr":
+            continue
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas!r}: expected two numbers from 0 to below 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def selections(model: nn.Module) -> dict[nn.Parameter, Selection]:

@@ -124,8 +124,8 @@ class CalibrationSection(Section):
     )
     source: Literal["batch", "token", "token_gradient", "random", "original"] = Field(
         "batch",
-        description="batch: gradients of batches (the paper); token: g and x of every token; "
-        "token_gradient: the gradients of single tokens (with the core form by default); "
+        description="batch: gradients of batches (the paper); token: g and x of every token "
+        "(with the core form by default); token_gradient: the gradients of single tokens; "
         "random, original: bases that do not depend on the data, for comparison",
     )
     decomposition: Literal["exact", "sequential", "randomized"] = Field(
@@ -441,6 +441,10 @@ class TrainSection(Section):
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
 
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _share_of_steps(ratio: Any, data: dict[str, Any]) -> Any:
     """Return ``warmup_ratio`` as a value of ``warmup_steps``."""
     keys = ("warmup_ratio", "warmup_steps")
@@ -532,7 +536,16 @@ class Recipe(Section):
     def _short_method(cls, value: Any) -> Any:
         if isinstance(value, dict) and "name" not in value:
             return {"name": DEFAULT_METHOD.name, **value}
-        return spelled_out(value)
+        written = spelled_out(value)
+        for key, given in value.items() if isinstance(value, dict) else ():
+            stands_for = spelled_out(value["name"])
+            if key != "name" and isinstance(stands_for, dict) and key in stands_for:
+                meant = stands_for[key]
+                if given != meant and str(given).lower() != str(meant).lower():
+                    name, meant = value["name"], _yaml(meant)
+                    what = f"contradicts the name {name}, which stands for {key}: {meant}"
+                    raise SettingError(what, key, fix="leave it out, or use another name")
+        return written
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -269,6 +269,6 @@ def test_a_quantized_language_model_learns(
     outcome = cli("train", *settings, *more, "-o", "run")
     assert outcome.code == 0, outcome.err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["calibration"]["source"] == "token_gradient"
+    assert record["calibration"]["source"] == "token"
     assert record["metrics"]["final"]["loss"] < record["metrics"]["initial"]["loss"]
     assert "cast from" not in outcome.err

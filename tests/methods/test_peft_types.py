@@ -148,6 +148,8 @@ def test_types_that_do_not_train_target_modules_are_refused(name: str) -> None:
         (("method.target_modules=x",), "targets.modules"),
         (("method.save_projection=true",), "has no effect"),
         (("method.r=big",), "valid integer"),
+        (("method.r=-4",), "expected at least 1, got -4"),
+        (("method.vera_dropout=3",), "expected a share from 0 to below 1, got 3"),
         (("method.density=0.01",), "only with match: trainable"),
         (("method.density=0.01", "match=none"), "only with match: trainable"),
     ],
@@ -157,6 +159,21 @@ def test_keys_that_do_not_fit_are_refused(keys: tuple[str, ...], said: str) -> N
         load_recipe(None, ("method=vera", *keys))
     problem = caught.value.problems[0]
     assert said in f"{problem.what} {problem.fix}"
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("{name: dora, use_dora: false}", "which stands for use_dora: true"),
+        ("{name: dora, type: vera}", "which stands for type: LORA"),
+        ("{name: pissa, init_lora_weights: olora}", "which stands for init_lora_weights: pissa"),
+    ],
+)
+def test_a_key_that_contradicts_the_name_is_refused(method: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, (f"method={method}",))
+    assert said in caught.value.problems[0].what
+    assert load_recipe(None, ("method={name: dora, use_dora: true}",)).recipe.method.name == "peft"
 
 
 def test_another_name_replaces_the_keys_of_a_variant() -> None:

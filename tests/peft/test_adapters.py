@@ -129,3 +129,28 @@ def test_a_lora_adapter_beside_it_is_refused_by_peft() -> None:
     model = wrapped("bert")
     with pytest.raises(ValueError, match="different"):
         model.add_adapter("lora", LoraConfig(target_modules=["query"]))
+
+
+def test_a_weighted_adapter_of_trained_heads_is_refused() -> None:
+    model = wrapped("bert")
+    other = sg.SparseGradConfig(
+        basis=bases_of(classifier("bert")), density=0.05, modules_to_save=["classifier"]
+    )
+    model.add_adapter("other", other)
+    with pytest.raises(ValueError, match=r"classifier besides \(modules_to_save\)"):
+        model.base_model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+    assert "mean" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ([], [], "expected names of adapters, got none"),
+        (["default", "default"], [1.0], "expected 2 weights, one each, got 1"),
+        (["default"], [float("nan")], "expected finite numbers"),
+    ],
+)
+def test_wrong_weights_are_refused(names: list[str], weights: list[float], message: str) -> None:
+    model = wrapped("bert", head=False)
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(names, weights, "sum")

@@ -34,9 +34,16 @@ class Net(nn.Module):
 PAIRS = [(torch.randn(8, 12, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3)]
 
 
+def net() -> Net:
+    """Return a net with the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
 def calibrated(**settings: Any) -> Any:
     return sg.calibrate(
-        Net(), PAIRS, **{"loss": F.cross_entropy, "target_modules": ["up", "down"], **settings}
+        net(), PAIRS, **{"loss": F.cross_entropy, "target_modules": ["up", "down"], **settings}
     )
 
 
@@ -112,7 +119,7 @@ def test_a_rank_above_all_sides_takes_all_directions() -> None:
 def test_a_core_that_holds_the_density_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        get_peft_model(Net(), sg.peft.SparseGradConfig(basis=calibrated(), density=0.01))
+        get_peft_model(net(), sg.peft.SparseGradConfig(basis=calibrated(), density=0.01))
 
 
 def test_a_dense_core_is_sized_by_rank_or_by_density(tmp_path: Path) -> None:
@@ -236,3 +243,36 @@ def test_an_edited_configuration_that_does_not_fit_its_file_is_refused(
     edit(folder, **changes(folder))
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(classifier("bert"), folder)
+
+
+@pytest.mark.parametrize("support", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0: expected a number of at least 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": "x"}, "lr is 'x'"),
+        ({"head_lr": -1}, "head_lr is -1"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"eps": -1}, "eps is -1"),
+        ({"betas": (1.2, 0.9)}, "betas is .*: expected two numbers from 0 to below 1"),
+        ({"betas": 0.9}, "betas is 0.9"),
+    ],
+)
+def test_numbers_of_the_optimizer_are_checked(support: Any, arguments: Any, message: str) -> None:
+    model = get_peft_model(Net(), sg.peft.SparseGradConfig(basis=calibrated(), support=support))
+    with pytest.raises(ValueError, match=message):
+        sg.peft.optimizer(model, **arguments)
+
+
+def test_a_basis_of_other_weights_or_layers_is_reported() -> None:
+    basis = calibrated()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(net(), sg.peft.SparseGradConfig(basis=basis))
+    with pytest.warns(UserWarning, match="a model with other weights or layers"):
+        get_peft_model(Net(), sg.peft.SparseGradConfig(basis=basis))
+    fewer = nn.Module()
+    fewer.up = nn.Linear(12, 24)
+    with pytest.warns(UserWarning, match="a model with other weights or layers"):
+        get_peft_model(fewer, sg.peft.SparseGradConfig(basis=basis, target_modules=["up"]))

@@ -183,12 +183,12 @@ def test_settings_that_fit_together_are_accepted(overrides: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ((), ("token_gradient", "randomized", 50)),
-        (("method.rank=0.9",), ("token_gradient", "exact", 50)),
+        ((), ("token", "randomized", 50)),
+        (("method.rank=0.9",), ("token", "exact", 50)),
         (("calibration.source=batch",), ("batch", "randomized", 50)),
         (("calibration.decomposition=sequential",), ("batch", "sequential", 50)),
         (("calibration.source=random",), ("random", "exact", 50)),
-        (("calibration.warmup_steps=0",), ("token_gradient", "randomized", 0)),
+        (("calibration.warmup_steps=0",), ("token", "randomized", 0)),
         (PAPER, ("batch", "exact", 0)),
         (("method.form=rotated",), ("batch", "exact", 0)),
         (("method=lora",), ("batch", "exact", 0)),

@@ -100,7 +100,7 @@ class PeftSettings(MethodSettings):
                 near = did_you_mean(key, known)
                 fix = near or f"keys of {self.type}: {listed(known, 40)}"
                 raise SettingError(f"is not a key of PEFT's {self.type}", path, fix=fix)
-            wrong = config.type_problem(self.type, key, value)
+            wrong = config.type_problem(self.type, key, value) or self._out_of_range(key, value)
             if wrong is not None:
                 raise SettingError(wrong, path)
         if self.type == "SHIRA" and "random_seed" in self.keys:
@@ -111,6 +111,18 @@ class PeftSettings(MethodSettings):
         problem = config.problem_of(self)
         if problem is not None:
             raise SettingError(f"PEFT refuses these settings: {problem}", "method.type")
+
+    def _out_of_range(self, key: str, value: Any) -> str | None:
+        """Return what is wrong with a number that PEFT would take until it makes the layers."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        size = self.tuner.size
+        if key == "r" or (size is not None and size.key == key and size.kind == "number"):
+            least = 1 if size is None or size.key != key else size.least
+            return None if value >= least else f"expected at least {least}, got {value}"
+        if key.endswith("dropout") and not 0 <= value < 1:
+            return f"expected a share from 0 to below 1, got {value}"
+        return None
 
     def _check_size(self, recipe: Recipe) -> None:
         size, density = self.tuner.size, "method.density"

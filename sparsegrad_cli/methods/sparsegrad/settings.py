@@ -112,16 +112,16 @@ class SparsegradSettings(SparseSettings):
     def calibration_defaults(
         cls, method: Mapping[str, Any], calibration: dict[str, Any]
     ) -> dict[str, Any]:
-        """Fill in the calibration of the core form: token gradients, a warm head, thin products.
+        """Fill in the calibration of the core form: sums over tokens, a warm head, thin products.
 
-        docs/results/index.md has their energy and cost beside other settings. The other forms keep
-        what the paper does.
+        docs/results/index.md has their energy, scores and cost beside other settings. The other
+        forms keep what the paper does.
         """
         if method.get("form", cls.model_fields["form"].default) != "core":
             return calibration
         filled = {"steps": 12, "warmup_steps": 50, **calibration}
         if filled.get("decomposition") != "sequential":
-            filled.setdefault("source", "token_gradient")
+            filled.setdefault("source", "token")
         # A share of the energy can only be told from all of it.
         if not isinstance(method.get("rank"), float) and filled.get("source") in FROM_GRADIENTS:
             filled.setdefault("decomposition", "randomized")
@@ -145,7 +145,7 @@ class SparsegradSettings(SparseSettings):
         if self.compares_targets and not comparable:
             raise SettingError(
                 "'model' compares targets: it needs a calibration.score from gradients, or "
-                "calibration.source 'token_gradient'",
+                "calibration.source 'token'",
                 "method.allocation",
                 "calibration.score",
                 "calibration.source",
