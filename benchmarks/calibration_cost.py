@@ -52,11 +52,11 @@ MANY = "50 + 32 batches, source token"
 
 def ways(ranks: list[int]) -> dict[str, Way]:
     """Return the ways to calibrate that are compared."""
-    gradient: dict[str, Any] = {"source": "token_gradient"}
+    usual: dict[str, Any] = {"source": "token"}
     found: dict[str, Way] = {MANY: (50, True, {"source": "token", "steps": 32}, None)}
 
     def add(name: str, warm: int, own: bool, steps: int, **more: Any) -> None:
-        found[name] = (warm, own, gradient | {"steps": steps} | more, None)
+        found[name] = (warm, own, usual | {"steps": steps} | more, None)
 
     for count in (1, 2, 4, 8, 12, 16):
         add(f"{count} batches", min(count, WARMUP_BATCHES), False, count)
@@ -67,12 +67,17 @@ def ways(ranks: list[int]) -> dict[str, Way]:
     add("12 batches, power step", WARMUP_BATCHES, False, 12, power_steps=1)
     add("12 batches, Gram matrices", WARMUP_BATCHES, False, 12, decomposition="exact")
     add("12 batches, scored", WARMUP_BATCHES, False, 12, score="token_square")
-    for source in ("token", "batch"):
+    for source in ("token_gradient", "batch"):
         settings = {"source": source, "steps": 12}
         found[f"12 batches, source {source}"] = (WARMUP_BATCHES, False, settings, None)
-    add("50 + 32 batches, source token_gradient", 50, True, 32)
+    add("50 + 32 batches, source token_gradient", 50, True, 32, source="token_gradient")
+    for count in (1, 2, 4):
+        gradient = {"source": "token_gradient"}
+        add(f"{count} batches, source token_gradient", count, False, count, **gradient)
+        gradient["select"] = "maxvol"
+        add(f"{count} batches, source token_gradient, maxvol", count, False, count, **gradient)
     for rank in ranks:
-        way = (WARMUP_BATCHES, False, gradient | {"steps": 12}, rank)
+        way = (WARMUP_BATCHES, False, usual | {"steps": 12}, rank)
         found[f"12 batches, rank {rank}"] = way
     return found
 

@@ -49,6 +49,15 @@ class BasisFile:
     metadata: BasisMetadata
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        ranks = {basis.q_in.shape[1] for basis in self.bases.values()}
+        ranks |= {basis.q_out.shape[1] for basis in self.bases.values()}
+        span = str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+        return (
+            f"<BasisFile of {self.metadata.model}: {len(self.bases)} bases of rank {span} for "
+            f"{len(self.metadata.targets)} modules>"
+        )
+
     def by_target(self) -> dict[str, Basis]:
         """Return target name -> basis; targets with the same key share the object."""
         return {name: self.bases[key] for name, key in self.metadata.targets.items()}

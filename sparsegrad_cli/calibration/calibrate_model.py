@@ -174,6 +174,10 @@ def _calibrate(
 ) -> BasisFile:
     if not given:
         raise ValueError("calibrate got no batches")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "calibrate computes gradients: call it outside torch.no_grad() and inference_mode()"
+        )
     plain = loss is not None
     whole: nn.Module = model if loss is None else _WithLoss(model, loss)
     named = [_as_mapping(batch, plain) for batch in given]

@@ -276,3 +276,13 @@ def test_a_basis_of_other_weights_or_layers_is_reported() -> None:
     fewer.up = nn.Linear(12, 24)
     with pytest.warns(UserWarning, match="a model with other weights or layers"):
         get_peft_model(fewer, sg.peft.SparseGradConfig(basis=basis, target_modules=["up"]))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_calibrate_needs_gradients(context: Any) -> None:
+    with context(), pytest.raises(ValueError, match=r"outside torch\.no_grad"):
+        calibrated()
+
+
+def test_a_basis_is_shown_in_one_line() -> None:
+    assert repr(calibrated()) == "<BasisFile of Net: 2 bases of rank 3 to 8 for 2 modules>"
