@@ -56,7 +56,7 @@ def calibrate(
     target_modules: Sequence[str] | str | None = None,
     steps: int = 12,
     rank: int | None = None,
-    density: float = 0.01,
+    density: float | None = None,
     basis_per: Literal["layer", "kind"] = "layer",
     source: Literal["batch", "token", "token_gradient"] = "token",
     score: Literal["spectral", "gradient", "square", "token_square"] = "spectral",
@@ -81,7 +81,7 @@ def calibrate(
         steps: Largest number of batches for the bases.
         rank: Directions per side to keep; by default what a sparse core of ``density`` needs. A
             side with fewer features keeps all its directions.
-        density: Share of the parameters that will train.
+        density: Share of the parameters that will train, which chooses the rank; 0.01 by default.
         basis_per: ``layer``: one basis per module; ``kind``: modules at the same place of their
             blocks share one, which saves memory.
         source: ``token``: from g and x of every token; ``token_gradient``: from the gradients of
@@ -148,6 +148,9 @@ def _settings(**given: Any) -> CalibrationSection:
 
 def _checked_rank(targets: Sequence[Target], rank: Any, density: Any) -> int:
     """Return ``rank``, or the one that a sparse core of ``density`` needs."""
+    if density is not None and rank is not None:
+        raise ValueError("calibrate: density only chooses the rank: give one of the two")
+    density = 0.01 if density is None else density
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise ValueError(
             f"calibrate: density is {density!r}: expected a number above 0 and up to 1"

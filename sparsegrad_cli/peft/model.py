@@ -341,6 +341,12 @@ def _warn_of_small_cores(
 def _saved_plans(config: SparseGradConfig, layers: dict[str, nn.Module]) -> dict[str, CorePlan]:
     """Return cores of the saved sizes, whose tensors are filled from the adapter's file."""
     plans, shared = {}, {}
+    lacking = [name for name in config.layers if name not in layers]
+    if lacking:
+        raise ValueError(
+            f"the saved adapter has cores for {len(lacking)} modules that are not in the model or "
+            f"not adapted, such as {lacking[0]}: load it into the model that it was trained on"
+        )
     for name, layer in layers.items():
         if name not in config.layers:
             raise ValueError(f"the saved adapter has no core for {name}")

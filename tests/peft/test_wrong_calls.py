@@ -52,6 +52,7 @@ def calibrated(**settings: Any) -> Any:
     [
         ({"steps": 0}, "calibrate: steps: 0 should be greater than or equal to 1$"),
         ({"source": "tokens"}, "calibrate: source: 'tokens' is not one of"),
+        ({"rank": 4, "density": 0.1}, "density only chooses the rank: give one of the two"),
         ({"rank": 0}, "rank is 0: expected a whole number from 1 to 24"),
         ({"rank": -1}, "rank is -1: expected a whole number from 1 to 24"),
         ({"rank": 9999}, "rank is 9999: expected a whole number from 1 to 24"),
@@ -286,3 +287,12 @@ def test_calibrate_needs_gradients(context: Any) -> None:
 
 def test_a_basis_is_shown_in_one_line() -> None:
     assert repr(calibrated()) == "<BasisFile of Net: 2 bases of rank 3 to 8 for 2 modules>"
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(net(), sg.peft.SparseGradConfig(basis=calibrated()))
+    model.save_pretrained(tmp_path)
+    shallow = nn.Module()
+    shallow.up = nn.Linear(12, 24)
+    with pytest.raises(ValueError, match="cores for 1 modules that are not in the model"):
+        PeftModel.from_pretrained(shallow, tmp_path)
