@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -138,12 +139,13 @@ def _show(found: FoundData, plan: Starter, target: Path) -> None:
     for note in found.notes:
         console.print(Text(f"note: {printable_line(note)}", style="dim"))
     console.print()
-    console.print(Text(f"wrote {target}. Next:"))
-    console.print(Text(f"  sparsegrad train {target}"))
+    console.print(Text(f"wrote {target}. Next:"), soft_wrap=True)
+    console.print(Text(f"  sparsegrad train {shlex.quote(str(target))}"), soft_wrap=True)
     use = "generate" if found.is_chat else "predict"
     texts = 0 if found.is_chat else 2 if found.text_pair else 1
     more = "".join([' "a text"', ' "another text"'][:texts])
-    console.print(Text(f"  sparsegrad {use} {target.parent / plan.output_dir}{more}"))
+    run = shlex.quote(str(target.parent / plan.output_dir))
+    console.print(Text(f"  sparsegrad {use} {run}{more}"), soft_wrap=True)
 
 
 def _kind(found: FoundData) -> str:

@@ -45,7 +45,7 @@ def show(
     from sparsegrad_cli.report.terminal import plain_line, screen
 
     console = Console()
-    console.print(screen(document))
+    console.print(screen(document), crop=False)  # Commands to copy may be wider.
     if footer is not None:
         console.print(plain_line(footer))
 

@@ -179,9 +179,31 @@ def load_trained_classifier(
         section = ModelSection(name=base.name, revision=base.revision, dtype=base.dtype)
         model = load_adapter(folder)
         return _of_transformers(source, model, load_tokenizer(section), max_length)
-    if "/" in source and not is_folder(folder) and source.startswith((".", "/", "~")):
-        raise UsageError(f"the folder {source} does not exist", where="command line")
+    _check_folder(source, folder)
     return _plain(source, max_length)
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    """Refuse what is on this machine, or would be, and holds no classifier.
+
+    Raises:
+        UsageError: the folder does not exist or holds nothing to predict with, or it is a file.
+    """
+    fix = "give the folder of a run, of a comparison or of an export"
+    if is_file(folder):
+        if folder.suffix in (".yaml", ".yml"):
+            fix = f"`sparsegrad train {source}` first, then give the run's folder"
+        raise UsageError(
+            f"expected a run's folder, got the file {source}", where="command line", fix=fix
+        )
+    if is_folder(folder):
+        if not is_file(folder / "config.json"):
+            what = f"the folder {source} holds no run, export or model"
+            raise UsageError(what, where="command line", fix=fix)
+        return
+    # A hub id has the same form: a folder is meant where the one above it exists.
+    if source.startswith((".", "/", "~")) or ("/" in source and is_folder(folder.parent)):
+        raise UsageError(f"the folder {source} does not exist", where="command line", fix=fix)
 
 
 def _of_run(

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 from sparsegrad_cli.records.export import ExportCheck, ExportedTarget, ExportRecord, HubUpload
 from sparsegrad_cli.report.document import (
+    Block,
     Bullets,
     Column,
+    Command,
+    Commands,
     Document,
     Fact,
     Facts,
@@ -44,12 +47,19 @@ def export_screen(record: ExportRecord) -> Document:
         lead=[
             Verdict(export_headline(record)),
             Facts("Export", facts),
-            Labelled("load", words(record.load)),
-            *([Labelled("pipeline", record.pipeline)] if record.pipeline else []),
+            _loading(record),
             *([_pushed(record.hub)] if record.hub else []),
             *short_notes(record.notes),
         ],
     )
+
+
+def _loading(record: ExportRecord) -> Block:
+    """Return the lines that load the export, to be copied."""
+    if record.load is None:
+        return Labelled("load", words(record.load))
+    pipeline = [Command(record.pipeline, "pipeline")] if record.pipeline else []
+    return Commands([Command(record.load, "load"), *pipeline])
 
 
 def export_document(record: ExportRecord) -> Document:

@@ -77,8 +77,7 @@ def _drawn(block: Block) -> RenderableType:
             headline = [_line(block.headline, "bold")] if block.headline else []
             return Group(Text(), *headline, *(_line(line) for line in block.lines), Text())
         case Commands():
-            lines = (_labelled(each.purpose, each.line) for each in block.commands)
-            return Group(*lines)
+            return Group(*(_to_copy(each.purpose, each.line) for each in block.commands))
         case Checks():
             marks = ((*_CHECKS[check.held], check.sentence) for check in block.checks)
             return Group(*(_line(f"{mark} {sentence}", style) for mark, style, sentence in marks))
@@ -92,6 +91,13 @@ def _line(raw: str, style: str = "") -> Text:
 
 def _labelled(label: str, value: str, style: str = "") -> Text:
     return Text.assemble((f"{printable_line(label)}  ", "dim"), (printable_line(value), style))
+
+
+def _to_copy(label: str, line: str) -> Text:
+    """Return a line that is not broken: a terminal's own break is not copied with it."""
+    text = _labelled(label, line)
+    text.no_wrap, text.overflow = True, "ignore"
+    return text
 
 
 def _facts(block: Facts) -> RenderableType:

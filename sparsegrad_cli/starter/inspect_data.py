@@ -226,7 +226,12 @@ def _read_labels(found: FoundData) -> None:
         type="multilabel" if found.multilabel else None,
     )
     raw = load_labelled_files(task)
-    found.notes += [note for note in raw.notes if not note.startswith("columns that are not used")]
+    known = [*found.notes]
+    found.notes += [
+        note
+        for note in raw.notes
+        if note not in known and not note.startswith("columns that are not used")
+    ]
     pairs = raw.train.text_pair
     for at in range(min(len(raw.train), _LENGTH_SAMPLE)):
         texts: tuple[Any, ...] = (raw.train.text[at],)
@@ -242,6 +247,11 @@ def _read_labels(found: FoundData) -> None:
     else:
         counts = Counter(raw.train.label)
     found.classes = {names[int(label)]: count for label, count in counts.most_common()}
+    if found.label in found.classes:
+        found.notes.append(
+            f"column {found.label!r} holds its own name as a label: if the file has no header, its "
+            "first row is lost; add one"
+        )
     separator = None if found.multilabel else _separator_in(names)
     if separator is not None:
         example = next(name for name in names if separator in name)

@@ -219,6 +219,24 @@ def test_bad_arguments_are_refused(
     assert expected in ended.flat
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("runs/nothing", "the folder runs/nothing does not exist"),
+        ("runs", "the folder runs holds no run, export or model"),
+        ("my.yaml", "`sparsegrad train my.yaml` first, then give the run's folder"),
+    ],
+)
+def test_sources_on_this_machine_that_hold_nothing_are_not_looked_for_elsewhere(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("my.yaml").write_text("model: builtin:minilm\n", encoding="utf-8")
+    ended = cli("predict", source, "a text")
+    assert ended.code == 2 and said in ended.flat
+
+
 def test_sources_that_are_no_classifiers_are_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
     body = cli("predict", str(run.parent / "base"), "a text")
     assert (body.code, "expected a classifier, got BertForMaskedLM" in body.flat) == (2, True)

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from support.record_samples import compare_record, run_of, run_record, study_of
 
-from sparsegrad_cli.report.document import Document, Table
+from sparsegrad_cli.cli.output import show
+from sparsegrad_cli.report.document import Command, Commands, Document, Table
 from sparsegrad_cli.report.render import render
 from sparsegrad_cli.report.run import run_document, run_screen
 from sparsegrad_cli.report.study import study_document, study_screen
@@ -135,3 +136,13 @@ def test_a_cut_table_repeats_the_first_column_and_has_every_other_once() -> None
     assert [part.header[c] for part in parts for _, c in part.strong] == ["c2"]
     assert parts[-1].words[-1]
     assert cut_to_width(table, 200) == [table]
+
+
+def test_lines_to_copy_are_not_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = f'AutoModel.from_pretrained("/{"a" * 90}/{"b" * 90}")'
+    document = Document(title="t", status="done", lead=[Commands([Command(line, "load")])])
+    show({}, document, as_json=False)
+    assert f"load  {line}\n" in capsys.readouterr().out

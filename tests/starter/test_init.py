@@ -156,6 +156,15 @@ def test_init_train_predict_in_three_commands(cli: Cli, tmp_path: Path) -> None:
     assert label in ("a", "b") and found == "a fine film"
 
 
+def test_a_file_without_header_is_noticed(cli: Cli, tmp_path: Path) -> None:
+    rows = [f"{text(random.Random(i))};{'pos' if i % 2 else 'neg'}" for i in range(60)]
+    (tmp_path / "my data (1).csv").write_text("\n".join(rows), encoding="utf-8")
+    ended = cli("init", "my data (1).csv", "--yes")
+    assert "holds its own name as a label" in " ".join(ended.out.split())
+    assert ended.out.count("semicolon") == 1
+    assert "sparsegrad train 'my data (1).yaml'" in ended.out
+
+
 def test_columns_can_be_named(cli: Cli, tmp_path: Path) -> None:
     several_texts(random.Random(1), tmp_path / "several.csv")
     found = json.loads(cli("init", "several.csv", "--json").out)
