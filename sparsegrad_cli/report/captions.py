@@ -89,11 +89,12 @@ def learning_alt(run: RunRecord, scale: Scale) -> str:
     return f"{words}; best {format_score(best.score, scale)} at step {best.step:,}."
 
 
-def loss_caption(metrics: MetricsBlock | None) -> str:
+def loss_caption(run: RunRecord) -> str:
     """Return how the losses end, and whether the run overfits."""
-    training, validation = loss_points(metrics)
+    training, validation = loss_points(run.metrics)
     fitted, held_out = (trend_of(each, lower_is_better=True) for each in (training, validation))
-    kind = "Cross-entropy; mean squared error for regression."
+    regression = run.task is not None and run.task.regression
+    kind = "Mean squared error." if regression else "Cross-entropy."
     if not validation:
         return f"{kind} The run was not evaluated."
     lowest = min(validation, key=lambda point: point[1])

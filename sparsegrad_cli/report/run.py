@@ -345,7 +345,7 @@ def _learning(run: RunRecord) -> list[Block | None]:
         Figure(
             "Loss",
             lambda: run_charts.loss_curve(run.metrics),
-            captions.loss_caption(run.metrics),
+            captions.loss_caption(run),
             captions.loss_alt(run.metrics),
             "Losses: not recorded.",
         ),

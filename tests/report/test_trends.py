@@ -88,11 +88,13 @@ def test_overfitting_is_named_only_if_the_losses_part() -> None:
     record["metrics"]["train"] = [
         {"step": at, "epoch": 1.0, "loss": 1 / (at + 1), "learning_rate": 0.1} for at in range(6)
     ]
-    metrics = run_of(record).metrics
-    assert "lowest at step 10 (0.5)" in loss_caption(metrics)
+    caption = loss_caption(run_of(record))
+    assert caption.startswith("Cross-entropy. ") and "lowest at step 10 (0.5)" in caption
+    record["task"]["regression"] = True
+    assert loss_caption(run_of(record)).startswith("Mean squared error. ")
     record["metrics"]["train"] = [{"step": 1, "epoch": 1.0, "loss": 1.0, "learning_rate": 0.1}]
-    assert "overfits" not in loss_caption(run_of(record).metrics)
+    assert "overfits" not in loss_caption(run_of(record))
     record["metrics"]["train"] = [
         {"step": at, "epoch": 1.0, "loss": 1.0 - at / 6, "learning_rate": 0.1} for at in range(6)
     ]
-    assert "the model overfits" in loss_caption(run_of(record).metrics)
+    assert "the model overfits" in loss_caption(run_of(record))
