@@ -63,7 +63,7 @@ def _terminal() -> None:
     from sparsegrad_cli.report.terminal import screen
 
     text = (_ROOT / "docs/results/first_run.json").read_text(encoding="utf-8")
-    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=98, file=io.StringIO(), force_terminal=True)
     console.print("$ sparsegrad train", style="bold", highlight=False)
     console.print(screen(run_screen(RunRecord.model_validate_json(text))))
     picture = console.export_svg(title="", code_format=_FRAME, unique_id="train")
