@@ -45,7 +45,12 @@ def _wrong_types(config: SparseGradConfig) -> Iterator[str]:
 
 
 def _wrong_modules(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, str):
+    if value == "all-linear":
+        yield (
+            f"{name} is 'all-linear', which is not supported: leave it out to adapt all modules "
+            "that the basis covers; calibrate(target_modules=...) chooses those"
+        )
+    elif isinstance(value, str):
         try:
             re.compile(value)
         except re.error as error:

@@ -184,12 +184,17 @@ def text_candidates(columns: Sequence[ColumnFacts]) -> list[ColumnFacts]:
 
 
 def label_candidates(columns: Sequence[ColumnFacts]) -> list[ColumnFacts]:
-    """Return the columns that may be the label, the likeliest first."""
+    """Return the columns that may be the label, the likeliest first.
+
+    A column with one value is the label only by its name, and if no other may be: reading it then
+    says what is wrong.
+    """
     order = {"label": 0, "labels": 1, "number": 2}
-    found = [column for column in columns if column.kind in order]
+    found = [column for column in columns if column.kind in order and column.distinct > 1]
+    if not found:
+        return [column for column in columns if column.named_label]
     return sorted(
-        (column for column in found if column.distinct > 1),
-        key=lambda column: (not column.named_label, order[column.kind], column.distinct),
+        found, key=lambda column: (not column.named_label, order[column.kind], column.distinct)
     )
 
 

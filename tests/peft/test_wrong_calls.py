@@ -296,3 +296,8 @@ def test_an_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
     shallow.up = nn.Linear(12, 24)
     with pytest.raises(ValueError, match="cores for 1 modules that are not in the model"):
         PeftModel.from_pretrained(shallow, tmp_path)
+
+
+def test_all_linear_says_what_to_do_instead() -> None:
+    with pytest.raises(ValueError, match="leave it out to adapt all modules that the basis covers"):
+        sg.peft.SparseGradConfig(basis=calibrated(), target_modules="all-linear")

@@ -165,6 +165,13 @@ def test_a_file_without_header_is_noticed(cli: Cli, tmp_path: Path) -> None:
     assert "sparsegrad train 'my data (1).yaml'" in ended.out
 
 
+def test_one_class_is_the_reason_that_is_given(cli: Cli, tmp_path: Path) -> None:
+    rows = [(text(random.Random(i)), "pos") for i in range(40)]
+    write(tmp_path / "one.csv", ["text", "label"], rows)
+    ended = cli("init", "one.csv", "--yes")
+    assert ended.code != 0 and "every training label is 'pos'" in ended.flat
+
+
 def test_columns_can_be_named(cli: Cli, tmp_path: Path) -> None:
     several_texts(random.Random(1), tmp_path / "several.csv")
     found = json.loads(cli("init", "several.csv", "--json").out)
@@ -197,7 +204,7 @@ def test_it_asks_where_several_columns_fit(
         ([{"text": "a b c", "n": [{"x": 1}]}] * 9, "found no column for the label"),
         ([{"prompt": "p", "chosen": "c", "rejected": "r"}] * 9, "preferred and rejected answers"),
         ([{"a": n, "b": n % 2} for n in range(40)], "found no column for the text"),
-        ([{"text": "only one label", "label": "x"}] * 9, "found no column for the label"),
+        ([{"text": "one text", "label": "x"}] * 9, "found no column for the text"),
     ],
 )
 def test_data_without_a_task_is_refused(
