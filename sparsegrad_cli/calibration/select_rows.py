@@ -73,9 +73,9 @@ def body_features(
 def representative(features_MI: Tensor, count: int) -> list[int]:
     """Return the numbers of ``count`` examples, ascending.
 
-    They are chosen by Rectangular Maxvol on the leading left singular vectors of the features, half
-    as many as examples (fewer if the features have fewer): a rank below the size of the set, as in
-    the paper.
+    They are chosen by Rectangular Maxvol on the leading left singular vectors of the features. Their
+    number is half of ``count``, or the rank of the features where that is lower. The paper chooses
+    more examples than the rank, too.
 
     Args:
         features_MI: (examples, hidden); at least ``count`` examples.

@@ -1,6 +1,7 @@
 """The masks of SHiRA beside the random one, which PEFT brings (Bhardwaj et al. 2024, section 3.1).
 
-arXiv 2406.13175. A mask chooses the weights of a layer that train, as many as a LoRA of rank r has:
+arXiv 2406.13175. A mask chooses the weights of a layer that train. Their number is that of LoRA's
+parameters at rank r:
 
 - ``struct``: the diagonal, which has full rank, and whole rows at equal distances;
 - ``wm``: the largest magnitudes of the weight;
