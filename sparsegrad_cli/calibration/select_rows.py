@@ -73,9 +73,8 @@ def body_features(
 def representative(features_MI: Tensor, count: int) -> list[int]:
     """Return the numbers of ``count`` examples, ascending.
 
-    They are chosen by Rectangular Maxvol on the leading left singular vectors of the features.
-    These are half as many as ``count``, or as many as the rank of the features where that is lower.
-    The paper chooses more examples than the rank, too.
+    They are chosen by Rectangular Maxvol on the first K left singular vectors of the features. K is
+    half of ``count``, and at most the rank of the features.
 
     Args:
         features_MI: (examples, hidden); at least ``count`` examples.

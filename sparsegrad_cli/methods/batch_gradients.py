@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad_cli.errors import NonFiniteError
 from sparsegrad_cli.methods.implementation import TrainingData
+from sparsegrad_cli.models.module_trace import evaluating
 from sparsegrad_cli.models.precision import HALF
 from sparsegrad_cli.models.targets import Target
 
@@ -21,9 +22,9 @@ def summed_gradients(
 ) -> dict[str, Tensor]:
     """Return target name -> sum over the batches of c dL/dW, (out, in), float32 or wider.
 
-    c is positive: gradients in float16 would underflow, and only signs and ranks within a target
-    count. W may be
-    packed: the gradients are products of the input of a layer and the gradient of its output.
+    c is positive: gradients in float16 would underflow. Use their signs and their order within a
+    target only. W may be packed: the gradients are products of the input of a layer and the
+    gradient of its output.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -32,24 +33,19 @@ def summed_gradients(
     first = next(model.parameters())
     half = next((p.dtype for p in model.parameters() if p.dtype in HALF), None)
     scale = 4096.0 if half == torch.float16 else 1.0
-    was_training = model.training
-    model.eval()  # Dropout would only add noise.
-    try:
-        with _hooked(model, targets, sums):
-            for number, batch in enumerate(training.batches()):
-                # What trains is float32 among half-precision weights: autocast joins the two.
-                with torch.autocast(first.device.type, half, enabled=half is not None):
-                    loss = training.loss(batch)
-                if not torch.isfinite(loss.detach()):
-                    raise NonFiniteError(
-                        f"the loss of calibration batch {number + 1} is {float(loss.detach())}",
-                        where="calibration",
-                        fix="use model.dtype: float32, or look at the data of this batch",
-                    )
-                (loss * scale).backward()
-                model.zero_grad(set_to_none=True)
-    finally:
-        model.train(was_training)
+    with evaluating(model), _hooked(model, targets, sums):  # Dropout would only add noise.
+        for number, batch in enumerate(training.batches()):
+            # What trains is float32 among half-precision weights: autocast joins the two.
+            with torch.autocast(first.device.type, half, enabled=half is not None):
+                loss = training.loss(batch)
+            if not torch.isfinite(loss.detach()):
+                raise NonFiniteError(
+                    f"the loss of calibration batch {number + 1} is {float(loss.detach())}",
+                    where="calibration",
+                    fix="use model.dtype: float32, or look at the data of this batch",
+                )
+            (loss * scale).backward()
+            model.zero_grad(set_to_none=True)
     return sums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _check_numbers(*, betas: Any, **numbers: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def selections(model: nn.Module) -> dict[nn.Parameter, Selection]:
