@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad_cli.errors import SparsegradError
+from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.methods.base import MethodSettings
 from sparsegrad_cli.methods.optimizer import make_optimizer
 from sparsegrad_cli.models.precision import HALF, accept_half_inputs, unfreeze_parameter
 from sparsegrad_cli.models.quantized import count_entries
 from sparsegrad_cli.models.sharded_tensors import gather, reshard, shard_like
-from sparsegrad_cli.models.targets import Target, freeze, head_parameters
+from sparsegrad_cli.models.targets import Target, freeze, head_parameters, pooler_parameters
 from sparsegrad_cli.numerics.hosvd import Basis
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.records.run import CountsBlock, TargetCounts
@@ -263,7 +263,8 @@ class Method:
         Random numbers may be drawn: the caller forks the random state.
 
         Args:
-            scope: ``rest`` also trains all parameters outside the targets' weights.
+            scope: ``pooler`` also trains the body's pooler, and ``rest`` all parameters outside the
+                targets' weights.
             bases: target name -> basis, for methods that calibrate.
             scores: target name -> (r_out, r_in) scores of core entries, if calibration made them.
             training: the run that follows. Without it, a method that initializes from data makes
@@ -361,15 +362,28 @@ class Method:
 def open_scope(
     model: nn.Module, targets: Iterable[Target], scope: str
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Freeze the model, then open the head and, under scope ``rest``, all but the targets' weights.
+    """Freeze the model, then open the head and what else the scope names.
+
+    Scope ``pooler`` opens the body's pooler too, and ``rest`` all but the targets' weights.
 
     Returns:
-        (head, rest) parameters by name. Biases of targets belong to the rest.
+        (head, rest) parameters by name. Biases of targets and the pooler belong to the rest.
+
+    Raises:
+        UsageError: the scope is ``pooler``, and the body has none.
     """
     freeze(model)
     head = head_parameters(model)
     rest: dict[str, nn.Parameter] = {}
-    if scope == "rest":
+    if scope == "pooler":
+        rest = pooler_parameters(model)
+        if not rest:
+            raise UsageError(
+                f"scope pooler trains the encoder's pooler, and {type(model).__name__} has none",
+                where="scope",
+                fix="use scope: head",
+            )
+    elif scope == "rest":
         adapted = {id(model.get_submodule(target.name).weight) for target in targets}
         rest = {
             name: parameter

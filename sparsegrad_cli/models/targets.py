@@ -356,6 +356,16 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def pooler_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the pooler in the pretrained body by name; none without one."""
+    head = head_parameters(model)
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if "pooler" in name.split(".") and name not in head
+    }
+
+
 def basis_keys(targets: Sequence[Target], basis_per: str) -> dict[str, str]:
     """Return the key of each target's basis by target name.
 

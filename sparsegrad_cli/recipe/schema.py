@@ -484,9 +484,10 @@ class Recipe(Section):
     targets: TargetsSection = Field(
         TargetsSection(), description="the linear layers that the method adapts"
     )
-    scope: Literal["head", "rest"] = Field(
+    scope: Literal["head", "pooler", "rest"] = Field(
         "head",
-        description="what trains beside the target modules: the head, or everything else",
+        description="what trains beside the target modules: the head; the head and the encoder's "
+        "pooler, which pretraining may have left as it was (MiniLM); or everything else",
     )
     match: Literal["trainable"] | None = Field(
         None, description="solve the method's size, such as LoRA's rank, from method.density"

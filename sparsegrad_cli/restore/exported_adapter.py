@@ -78,7 +78,7 @@ class AdapterSettings(Section):
     format: Literal["sparsegrad-adapter-1"]
     model: AdapterBase
     method: MethodSection
-    scope: Literal["head", "rest"]
+    scope: Literal["head", "pooler", "rest"]
     seed: Seed
     targets: tuple[AdapterTarget, ...] = Field(min_length=1)
     keys: dict[str, str] = Field(description="target name -> key of its basis")

@@ -23,6 +23,7 @@ from support.tiny_models import (
 )
 from torch import Tensor
 
+from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.atomic import read_tensors, save_tensors
 from sparsegrad_cli.methods.implementation import load_by_name, trainable_state
 from sparsegrad_cli.methods.sparse_settings import SparseSettings
@@ -121,6 +122,22 @@ def test_frozen_parameters_are_bitwise_frozen_and_the_others_move(
         prefix = TARGET_LAYERS[architecture][0]
         biases = {f"{prefix}.base_layer.bias", f"{prefix}.bias"}
         assert biases & changed, "biases of targets belong to the rest"
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "meprop-entries", "core-static"])
+def test_scope_pooler_trains_the_pooler_too_and_counts_it(name: str) -> None:
+    tuned = Tuned(name, scope="pooler", train=None)
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert required_names(tuned) == may_change(tuned, name, "bert", "head") | pooler
+    assert tuned.prepared.counts.trainable_rest == HIDDEN * HIDDEN + HIDDEN
+    before = snapshot(tuned.model)
+    tuned.steps(1)
+    assert all(not torch.equal(before[n], p) for n, p in snapshot(tuned.model).items() if n in pooler)
+
+
+def test_scope_pooler_needs_a_pooler() -> None:
+    with pytest.raises(UsageError, match="GPT2ForSequenceClassification has none"):
+        Tuned("lora", "gpt2", scope="pooler")
 
 
 @every_method
