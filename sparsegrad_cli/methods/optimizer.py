@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsegrad_cli.models.targets import head_parameters
+from sparsegrad_cli.models.targets import head_parameters, pooler_parameters
 from sparsegrad_cli.models.weight_decay import decaying_names
 from sparsegrad_cli.numerics.selective_optimizer import Selection, SelectiveAdamW
 from sparsegrad_cli.recipe.optimizers import OPTIMIZERS, parse_arguments
@@ -86,7 +86,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameters that train as groups of an optimizer; none is empty.
 
-    The head has ``head_learning_rate``, and B of LoRA ``lora_plus_ratio`` times the learning rate
+    The head and the pooler have ``head_learning_rate``, and B of LoRA ``lora_plus_ratio`` times the learning rate
     (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Groups with the plain learning rate come first;
     those that decay (:func:`decaying_names`) come before those that do not. Without weight decay
     all parameters count as decaying.
@@ -96,6 +96,7 @@ def parameter_groups(
         undecayed: parameters that do not decay, whatever their names.
     """
     head, decaying = head_parameters(model), decaying_names(model)
+    head |= pooler_parameters(model)
     rates = [train.learning_rate]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -197,7 +197,8 @@ class TrainSection(Section):
         description="pulls what trains towards zero; biases and parameters of norms do not decay",
     )
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the task head; learning_rate by default"
+        None,
+        description="of the task head, and of the pooler where it trains; learning_rate by default",
     )
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -184,7 +184,9 @@ class MethodBlock(Block):
     form: str | None = None
     support: str | None = None
     density: Number = None
-    scope: str | None = Field(None, description="What trains besides the targets: head, pooler or rest.")
+    scope: str | None = Field(
+        None, description="What trains besides the targets: head, pooler or rest."
+    )
     settings: dict[str, Any] = Field({}, description="All other keys of the method's section.")
 
 
