@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,10 @@ from sparsegrad_cli.records.run import MixedSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+HOLDOUT, UNUSED = "holdout", "unused"
+# A fixed seed, not the run's: the seeds of a comparison share the rows that are held out.
+_HOLDOUT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,13 @@ class TextData:
             ``label`` (int64 class ids, float32 scores, or for several labels a row a list of
             float32 with a 1 or 0 for each of them).
         validation: split name -> the same columns; the first split selects the best model.
+        test: split name -> the same columns, for the test after training; empty without
+            ``task.holdout``.
         notes: what was left out or split off.
         data_hash: sha256 (hex) over every text and label used, in order.
-        majority: metric -> its value on the first validation split for always answering the most
-            frequent training class (the mean training score for regression, the most frequent
-            labels for several labels a row).
+        majority: metric -> its value on the first test split, or else the first validation split,
+            for always answering the most frequent training class (the mean training score for
+            regression, the most frequent labels for several labels a row).
         sources: the sources of a mixture, with the rows taken of each.
     """
 
@@ -105,6 +112,7 @@ class TextData:
     data_hash: str
     majority: dict[str, float]
     sources: tuple[MixedSource, ...] = ()
+    test: dict[str, Dataset] = field(default_factory=dict)
 
 
 def finish(raw: RawTexts, task: TaskSection) -> TextData:
@@ -112,40 +120,99 @@ def finish(raw: RawTexts, task: TaskSection) -> TextData:
 
     Raises:
         UsageError: the metric or the positive label does not fit the labels.
-        DataError: a split is empty.
+        DataError: a split is empty, or too few rows are left to hold out so many.
     """
     spec = with_metric(raw.spec, task.metric, task.positive_label)
-    train = raw.train.first(task.train_limit)
-    validation = {split: part.first(task.eval_limit) for split, part in raw.validation.items()}
-    for split, part in (("training", train), *validation.items()):
+    parts = _parts(raw, task)
+    train = parts.train.first(task.train_limit)
+    validation = {split: part.first(task.eval_limit) for split, part in parts.validation.items()}
+    test = {split: part.first(task.eval_limit) for split, part in parts.test.items()}
+    if task.test_unused is not None:
+        unused = parts.train.select(range(len(train), len(parts.train))).first(task.test_unused)
+        test[UNUSED] = unused
+    for split, part in (("training", train), *validation.items(), *test.items()):
         if not len(part):
             raise DataError(f"the {split} split of {spec.name} is empty", where="task")
     notes = [
         *raw.notes,
-        *_limit_notes(raw, train, validation),
-        *_missing_class_notes(spec, train, validation),
-        *_metric_notes(spec, task, validation),
+        *parts.notes,
+        *_limit_notes(parts, spec, train, validation, test),
+        *_missing_class_notes(spec, train, {**validation, **test}),
+        *_metric_notes(spec, task, {**validation, **test}),
     ]
     return TextData(
         spec=spec,
         train=_dataset(spec, train),
         validation={split: _dataset(spec, part) for split, part in validation.items()},
         notes=tuple(notes),
-        data_hash=_hash({"train": train, **validation}),
-        majority=_majority(spec, train, next(iter(validation.values()))),
+        data_hash=_hash({"train": train, **validation, **test}),
+        majority=_majority(spec, train, next(iter((test or validation).values()))),
         sources=tuple(raw.mixture.sources(range(len(train)))) if raw.mixture else (),
+        test={split: _dataset(spec, part) for split, part in test.items()},
     )
 
 
-def _limit_notes(raw: RawTexts, train: Examples, validation: Mapping[str, Examples]) -> list[str]:
+@dataclass(frozen=True)
+class _Parts:
+    """The rows of a task by what they are for, before limits.
+
+    Attributes:
+        train: the rows to train on.
+        validation: split name -> rows; the first split selects the best model.
+        test: split name -> rows for the test after training.
+        notes: what was held out.
+    """
+
+    train: Examples
+    validation: dict[str, Examples]
+    test: dict[str, Examples]
+    notes: list[str] = field(default_factory=list)
+
+
+def _parts(raw: RawTexts, task: TaskSection) -> _Parts:
+    """Hold out rows of training if the recipe says so; the validation data is then for the test."""
+    if task.holdout is None:
+        return _Parts(raw.train, raw.validation, {})
+    rows = len(raw.train)
+    count = task.holdout if isinstance(task.holdout, int) else round(task.holdout * rows)
+    if not 0 < count < rows:
+        raise DataError(
+            f"expected 1 to {rows - 1} of the {rows} training rows to hold out, got {count}",
+            where="task.holdout",
+            fix="a smaller number, or a share such as 0.1",
+        )
+    held = set(random.Random(_HOLDOUT_SEED).sample(range(rows), count))
+    further = task.evaluation or {}
+    watched = {name: part for name, part in raw.validation.items() if name in further}
+    test = {name: part for name, part in raw.validation.items() if name not in further}
+    note = (
+        f"{count} of {rows} training rows are held out at random to choose the best model; "
+        f"{' and '.join(test)} data is the test set, measured after training"
+    )
+    return _Parts(
+        raw.train.select([row for row in range(rows) if row not in held]),
+        {HOLDOUT: raw.train.select(sorted(held)), **watched},
+        test,
+        [note],
+    )
+
+
+def _limit_notes(
+    parts: _Parts,
+    spec: TaskSpec,
+    train: Examples,
+    validation: Mapping[str, Examples],
+    test: Mapping[str, Examples],
+) -> list[str]:
     notes = []
-    if len(train) < len(raw.train):
-        notes.append(f"training uses the first {len(train)} of {len(raw.train)} rows")
-        if raw.spec.kind == "classification" and len(set(train.label)) == 1:
+    if len(train) < len(parts.train):
+        notes.append(f"training uses the first {len(train)} of {len(parts.train)} rows")
+        if spec.kind == "classification" and len(set(train.label)) == 1:
             notes.append("all of these rows have one label: the file seems to be sorted by label")
-    for split, part in validation.items():
-        if len(part) < len(raw.validation[split]):
-            notes.append(f"{split} uses the first {len(part)} of {len(raw.validation[split])} rows")
+    whole = {**parts.validation, **parts.test}
+    for split, part in {**validation, **test}.items():
+        if split in whole and len(part) < len(whole[split]):
+            notes.append(f"{split} uses the first {len(part)} of {len(whole[split])} rows")
     return notes
 
 

@@ -65,8 +65,9 @@ class Scores:
     Attributes:
         values: metric name -> value (a fraction).
         notes: one for each value that holds by definition.
-        threshold: for several labels a row, the best one for these rows
-            (:func:`~.multilabel_metrics.choose_threshold`). The values are cross-fitted.
+        threshold: for several labels a row, the one that was given, or else the best one for
+            these rows (:func:`~.multilabel_metrics.choose_threshold`); the values are then
+            cross-fitted.
     """
 
     values: dict[str, float]
@@ -74,7 +75,12 @@ class Scores:
     threshold: float | None = None
 
 
-def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> Scores:
+def score(
+    spec: TaskSpec,
+    logits: npt.ArrayLike,
+    references: npt.ArrayLike,
+    threshold: float | None = None,
+) -> Scores:
     """Compute all metrics of a task.
 
     Args:
@@ -82,6 +88,8 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
         logits: (N, C) class logits, whose largest is the answer; (N, L) logits of labels; or (N,)
             or (N, 1) scores.
         references: (N,) class ids or scores, or (N, L) with 1 for each label that a row has.
+        threshold: for several labels a row, the probability from which a label is given; by
+            default it is chosen on these rows.
 
     Raises:
         DataError: N is 0.
@@ -104,20 +112,29 @@ def score(spec: TaskSpec, logits: npt.ArrayLike, references: npt.ArrayLike) -> S
         )
         return Scores({name: LOWEST[name] for name in spec.metrics}, (note,))
     if spec.multilabel:
-        return _multilabel(spec, outputs, true)
+        return _multilabel(spec, outputs, true, threshold)
     predictions = outputs if spec.regression else outputs.argmax(axis=1)
     metric = task_metric()(spec)
     values = metric.compute(predictions=predictions, references=true)
     return Scores(values, metric.notes)
 
 
-def _multilabel(spec: TaskSpec, logits_NL: npt.NDArray[Any], true_NL: npt.NDArray[Any]) -> Scores:
+def _multilabel(
+    spec: TaskSpec,
+    logits_NL: npt.NDArray[Any],
+    true_NL: npt.NDArray[Any],
+    threshold: float | None,
+) -> Scores:
     from scipy.special import expit
 
     probabilities_NL = expit(logits_NL)
-    answers_NL = cross_fitted(probabilities_NL, true_NL)
+    if threshold is None:
+        answers_NL = cross_fitted(probabilities_NL, true_NL)
+        threshold = choose_threshold(probabilities_NL, true_NL)
+    else:
+        answers_NL = (probabilities_NL >= threshold).astype(np.int64)
     values, notes = multilabel_values(spec, probabilities_NL, answers_NL, true_NL)
-    return Scores(values, tuple(notes), choose_threshold(probabilities_NL, true_NL))
+    return Scores(values, tuple(notes), threshold)
 
 
 def mean_loss(

@@ -32,7 +32,8 @@ def tokenize(
             pads every row to ``max_length``.
 
     Returns:
-        The training set, the validation sets, and a note if rows are cut. Columns: ``input_ids``
+        The training set, the validation and test sets by name, and a note if rows are cut. Columns:
+        ``input_ids``
         (int32), ``attention_mask`` (int8), ``token_type_ids`` (int8, if the tokenizer has them)
         and ``labels`` (int64 or float32).
 
@@ -42,7 +43,7 @@ def tokenize(
     encoder = TextEncoder(
         tokenizer, pair=task.spec.has_pair, max_length=max_length, padding=padding
     )
-    sets = {"training": task.train, **task.validation}
+    sets = {"training": task.train, **task.validation, **task.test}
     done: dict[str, Dataset] = {}
     cut = []
     for name, data in sets.items():

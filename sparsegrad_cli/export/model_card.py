@@ -203,7 +203,7 @@ def _metadata(content: CardContent) -> str:
 
 
 def _eval_results(content: CardContent, dataset: str | None) -> list[EvalResult]:
-    """Return the scores of the kept model on its validation data, for the metadata."""
+    """Return the scores of the kept model on its test or validation data, for the metadata."""
     best = _kept(content)
     if best is None:
         return []
@@ -225,10 +225,10 @@ def _eval_results(content: CardContent, dataset: str | None) -> list[EvalResult]
 
 
 def _kept(content: CardContent) -> Evaluation | None:
-    """Return the evaluation of the exported model; None for a run that has not finished."""
+    """Return the scores of the exported model; None for a run that has not finished."""
     if content.record.source != "adapter" or content.run.metrics is None:
         return None
-    return content.run.metrics.best
+    return content.run.metrics.reported
 
 
 def _summary(content: CardContent) -> str:
@@ -258,8 +258,9 @@ def _many_labels(task: TaskBlock) -> bool:
 
 
 def _own_scores(content: CardContent) -> list[Score]:
-    """Return the scores on the run's own validation data."""
-    best, counts = _kept(content), content.task.validation_examples
+    """Return the scores on the run's own test data, or else its validation data."""
+    best = _kept(content)
+    counts = content.task.validation_examples | content.task.test_examples
     if best is None:
         return []
     return [
@@ -289,7 +290,9 @@ def _score_note(content: CardContent) -> str:
     if best is None:
         return f"{content.record.source} of a run that has not finished."
     text = f"Step {format_count(best.step)}. The validation data has also chosen the step."
-    if metrics.final is not None and metrics.final.step == best.step:
+    if metrics.test is not None:
+        text = f"Step {format_count(best.step)}, chosen on held-out training rows."
+    elif metrics.final is not None and metrics.final.step == best.step:
         text = f"Step {format_count(best.step)}, the last."
     if content.task.baseline is not None:
         answer, score = content.task.baseline
@@ -309,7 +312,8 @@ def _facts(content: CardContent) -> list[tuple[str, str]]:
     quantized = f", quantized to {model.quantization}" if model.quantization else ""
     title = base_title(model.name)
     rows = [f"{format_count(task.train_examples)} training rows"]
-    rows += [f"{format_count(n)} of {split}" for split, n in task.validation_examples.items()]
+    measured = task.validation_examples | task.test_examples
+    rows += [f"{format_count(n)} of {split}" for split, n in measured.items()]
     facts = [
         ("Base model", f"{title} ({model.architecture}, {model.dtype}{quantized})"),
         ("Data", f"{content.data}: {', '.join(rows)}"),

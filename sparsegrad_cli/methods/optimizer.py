@@ -86,10 +86,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameters that train as groups of an optimizer; none is empty.
 
-    The head and the pooler have ``head_learning_rate``, and B of LoRA ``lora_plus_ratio`` times the learning rate
-    (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Groups with the plain learning rate come first;
-    those that decay (:func:`decaying_names`) come before those that do not. Without weight decay
-    all parameters count as decaying.
+    The head and the pooler have ``head_learning_rate``, and B of LoRA ``lora_plus_ratio`` times the
+    learning rate (LoRA+, Hayou et al. 2024, arXiv 2402.12354). Groups with the plain learning rate
+    come first; those that decay (:func:`decaying_names`) come before those that do not. Without
+    weight decay all parameters count as decaying.
 
     Args:
         without: parameters to leave out.

@@ -206,6 +206,8 @@ def _of_task(recipe: Recipe) -> Iterator[Idle]:
     if task.mix is None:
         yield from _idle(task, at, ("mix_until",), "task.mix", "there is no task.mix")
     if name in CHAT_TASKS:
+        why = "it holds out texts with labels, not conversations"
+        yield from _idle(task, at, ("holdout", "test_unused"), cause, why)
         why = f"{name} has no such columns; task.chat selects the turns to train on"
         yield from _idle(task, at, ("columns",), cause, why)
     else:

@@ -35,7 +35,7 @@ _MOST_PROBLEMS = 100  # how many are reported
 # Keys of later versions, which count in a digest only if they are set.
 _TASK_KEYS = (
     *("separator", "type", "positive_label", "label_separator"),
-    *("mix", "mix_until", "evaluation"),
+    *("mix", "mix_until", "evaluation", "holdout", "test_unused"),
 )
 _TRAIN_KEYS = (
     *("optim_args", "head_learning_rate", "lora_plus_ratio", "class_weights"),

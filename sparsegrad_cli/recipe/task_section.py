@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sparsegrad_cli.recipe.section import NonNegativeInt, PositiveInt, Section, SettingError
 from sparsegrad_cli.recipe.tasks import TaskType
 
-_TAKEN_NAMES = ("train", "training", "validation")
+_TAKEN_NAMES = ("train", "training", "validation", "holdout", "unused")
 
 
 class ColumnsSection(Section):
@@ -183,6 +183,32 @@ class TaskSection(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="share split off for validation if your files have no validation part"
     )
+
+    holdout: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="texts with labels: number or share of training rows that are held out at "
+        "random, the same for every seed, to choose the best model and to tune on; the validation "
+        "data is then a test set, measured once, after training",
+    )
+    test_unused: PositiveInt | None = Field(
+        None,
+        description="holdout: test also on up to n training rows that train_limit leaves out",
+    )
+
+    @model_validator(mode="after")
+    def _holdout_fits(self) -> Self:
+        if self.test_unused is not None and self.holdout is None:
+            what = "tests on training rows, which needs task.holdout"
+            raise SettingError(
+                what, "test_unused", "holdout", fix="set task.holdout, or leave it out"
+            )
+        if self.test_unused is not None and self.train_limit is None:
+            what = "tests on rows that task.train_limit leaves out, and it leaves none out"
+            raise SettingError(what, "test_unused", "train_limit", fix="set task.train_limit")
+        if self.holdout is not None and self.mix is not None:
+            what = "cannot hold out rows of a mixture, which may repeat them"
+            raise SettingError(what, "holdout", "mix", fix="leave one out")
+        return self
 
     @model_validator(mode="after")
     def _sources_and_sets(self) -> Self:

@@ -157,6 +157,9 @@ class TaskBlock(Block):
     train_examples: Count | None = None
     sources: list[MixedSource] = Field([], description="Of a mixture, `task.mix`.")
     validation_examples: dict[str, Count] = Field({}, description="By validation set.")
+    test_examples: dict[str, Count] = Field(
+        {}, description="By test set; empty without `task.holdout`."
+    )
     majority_score: Number = Field(
         None, description="The score of always predicting the most frequent class."
     )
@@ -302,9 +305,19 @@ class MetricsBlock(Block):
     initial: Evaluation | None = Field(None, description="Before the first step.")
     best: Evaluation | None = Field(None, description="The model that was kept.")
     final: Evaluation | None = Field(None, description="After the last step.")
+    test: Evaluation | None = Field(
+        None,
+        description="The kept model on the test sets, which chose nothing; `score` and `loss` are "
+        "those of the first set. Only with `task.holdout`; test.csv has the answers.",
+    )
     history: list[Evaluation] = []
     train: list[TrainingLoss] = []
     notes: list[str] = []
+
+    @property
+    def reported(self) -> Evaluation | None:
+        """The kept model on the test sets, or else on the validation data that chose it."""
+        return self.test or self.best
 
 
 class MemoryCategories(Block):

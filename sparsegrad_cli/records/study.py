@@ -68,7 +68,7 @@ class ResultRow(Block):
     score_std: Number = None
     score_interval: Interval | None = Field(None, description="95 % confidence interval.")
     scores: list[Number] = Field([], description="By seed.")
-    validation_loss_mean: Number = None
+    validation_loss_mean: Number = Field(None, description="Of the test set, if there is one.")
     trainable_targets: Count | None = None
     trainable: Count | None = None
     touched_targets: Number = None

@@ -135,8 +135,8 @@ def _one_metric(runs: Sequence[NamedRun]) -> bool:
 
 
 def _score(each: NamedRun) -> float | None:
-    best = best_so_far(each.run.metrics)
-    return best.score if best else None
+    found = each.run.metrics and (each.run.metrics.test or best_so_far(each.run.metrics))
+    return found.score if found else None
 
 
 def _verdict(runs: Sequence[NamedRun], reasons: Sequence[str], scale: Scale) -> Verdict:
@@ -172,6 +172,7 @@ def _scores(runs: Sequence[NamedRun]) -> Table:
 
     columns: list[Column[NamedRun]] = [
         _NAME,
+        Column("test", partial(score, "test")),
         Column("best", partial(score, "best")),
         Column("at step", at),
         Column("last", partial(score, "final")),

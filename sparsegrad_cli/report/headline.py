@@ -162,6 +162,10 @@ def run_headline(run: RunRecord, scale: Scale) -> str:
         return f"{end}: no evaluation yet" if end else ""
     name = run.method.name if run.method else "score"
     parts = [f"{name} {format_score(best.score, scale)}"]
+    test = run.metrics.test if run.metrics else None
+    if test is not None and test.score is not None:
+        held_out = f"on held-out training rows {format_score(best.score, scale)}"
+        parts = [f"{name} {format_score(test.score, scale)} on the test set", held_out]
     before = run.metrics.initial if run.metrics else None
     if before and before.score is not None and before.step != best.step:
         parts.append(f"before training {format_score(before.score, scale)}")
@@ -176,8 +180,13 @@ def run_headline(run: RunRecord, scale: Scale) -> str:
 
 
 def misses_baseline(run: RunRecord, scale: Scale) -> bool:
-    """Return whether the best score is no better than that of the same answer for every row."""
+    """Return whether the score is no better than that of the same answer for every row.
+
+    The baseline is measured on the test set, if there is one.
+    """
     best, baseline = best_so_far(run.metrics), run.task.baseline if run.task else None
+    if run.task and run.task.test_examples:
+        best = run.metrics.test if run.metrics else None
     if best is None or best.score is None or baseline is None:
         return False
     return best.score >= baseline[1] if scale.lower_is_better else best.score <= baseline[1]

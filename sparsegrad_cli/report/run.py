@@ -52,6 +52,7 @@ from sparsegrad_cli.report.units import (
     CATEGORIES,
     NOT_RECORDED,
     TRAIN_STEP,
+    counted,
     format_bytes,
     format_count,
     format_mib,
@@ -184,7 +185,8 @@ def short_notes(notes: Sequence[str]) -> list[Block]:
 def facts(run: RunRecord) -> list[Fact]:
     """Return the headline figures of a training run."""
     sizes = run.sizes or SizesBlock()
-    found = [_score(run), _loss(run), _trainable(run), _peak(run), _speed(run), _calibration(run)]
+    measured = [_score(run), _loss(run), _trainable(run), _peak(run), _speed(run)]
+    found = [*measured, _calibration(run)]
     best = run.metrics.best if run.metrics else None
     if best is not None and best.threshold is not None:
         how = "highest micro F1 on all validation rows; scores are cross-fitted in two halves"
@@ -193,6 +195,7 @@ def facts(run: RunRecord) -> list[Fact]:
     if loss != "full":
         how = "over a sample of the vocabulary; validation uses the full loss"
         found.insert(2, Fact("Loss of training steps", loss, how))
+    found[:0] = _test(run)
     found.append(Fact("Adapter on disk", format_bytes(sizes.adapter_bytes)))
     if sizes.gradient_bytes_per_step is not None:
         sent = format_bytes(sizes.gradient_bytes_per_step)
@@ -210,8 +213,9 @@ def _score(run: RunRecord) -> Fact:
     task, metrics = run.task or TaskBlock(), run.metrics or MetricsBlock()
     scale, best = scale_of_run(run), best_so_far(metrics)
     parts = [scale.label]
+    baseline = None if task.test_examples else task.baseline  # It is that of the test set.
     for label, value in (
-        *([task.baseline] if task.baseline else []),
+        *([baseline] if baseline else []),
         ("before training", metrics.initial.score if metrics.initial else None),
         ("last", metrics.final.score if metrics.final else None),
     ):
@@ -222,6 +226,20 @@ def _score(run: RunRecord) -> Fact:
         parts.append(f"at step {best.step:,}" + (f" of {steps:,}" if steps is not None else ""))
     score = format_score(best.score if best else None, scale)
     return Fact("Best validation score", score, "; ".join(parts))
+
+
+def _test(run: RunRecord) -> list[Fact]:
+    """Return the score on the test sets, which chose nothing; empty without them."""
+    task, test = run.task or TaskBlock(), run.metrics.test if run.metrics else None
+    if test is None:
+        return []
+    scale = scale_of_run(run)
+    parts = [f"{task.baseline[0]} {format_score(task.baseline[1], scale)}"] if task.baseline else []
+    for name, values in test.values.items():
+        rows = counted(task.test_examples.get(name, 0), "row")
+        parts.append(f"{name} {format_score(values.get(task.metric or ''), scale)} on {rows}")
+    detail = "; ".join([*parts, f"loss {format_number(test.loss)}"])
+    return [Fact("Test score", format_score(test.score, scale), detail)]
 
 
 def _loss(run: RunRecord) -> Fact:

@@ -142,8 +142,11 @@ def score_table(study: StudyRecord, task: str) -> Table | None:
     if against is not None:
         columns.append(Column(f"against {against}", difference_words))
     if scale is not METRICS["loss"]:
+        runs = [cell.run for cell in study.cells if cell.run is not None]
+        tested = any(run.task is not None and run.task.test_examples for run in runs)
         loss = Column[ResultRow](
-            "validation loss", lambda row: format_fixed(row.validation_loss_mean, 3)
+            "test loss" if tested else "validation loss",
+            lambda row: format_fixed(row.validation_loss_mean, 3),
         )
         columns.append(loss)
     notes = [few_seeds(rows)]

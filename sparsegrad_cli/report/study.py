@@ -409,9 +409,9 @@ def runs_table(study: StudyRecord) -> Table | None:
 
     def score(cell: CellEntry) -> str:
         run = cell.run
-        best = run.metrics.best if run and run.metrics else None
+        found = run.metrics.reported if run and run.metrics else None
         metric = run.task.metric if run and run.task else None
-        return format_score(best.score if best else None, scale_of(metric))
+        return format_score(found.score if found else None, scale_of(metric))
 
     def speed(cell: CellEntry) -> str:
         return format_number(cell.run.time.steps_per_s if cell.run and cell.run.time else None)

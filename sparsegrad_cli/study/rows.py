@@ -14,10 +14,11 @@ Read = Callable[[RunRecord], float | None]
 
 
 def score_of(cell: CellEntry) -> float | None:
-    """Return the score of a finished run: that of its best evaluation."""
+    """Return the score of a finished run: on its test set, or else of its best evaluation."""
     if cell.status != "done" or cell.run is None or cell.run.metrics is None:
         return None
-    return cell.run.metrics.best.score if cell.run.metrics.best else None
+    found = cell.run.metrics.reported
+    return found.score if found else None
 
 
 def make_rows(cells: Sequence[CellEntry]) -> list[ResultRow]:
@@ -122,7 +123,7 @@ def _row(
         score_std=std(scores),
         score_interval=[found.low, found.high] if found else None,
         scores=list(scores),
-        validation_loss_mean=mean(_values(runs, _best_loss)),
+        validation_loss_mean=mean(_values(runs, _reported_loss)),
         trainable_targets=counts.trainable_targets if counts else None,
         trainable=counts.trainable if counts else None,
         touched_targets=_mean(runs, lambda run: run.counts and run.counts.touched_targets),
@@ -162,9 +163,9 @@ def _calibration_peak(run: RunRecord) -> int | None:
     return run.calibration.peak_bytes if run.calibration else None
 
 
-def _best_loss(run: RunRecord) -> float | None:
-    best = run.metrics.best if run.metrics else None
-    return best.loss if best else None
+def _reported_loss(run: RunRecord) -> float | None:
+    found = run.metrics.reported if run.metrics else None
+    return found.loss if found else None
 
 
 def _digest(run: RunRecord) -> str | None:

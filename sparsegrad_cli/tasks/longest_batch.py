@@ -85,7 +85,7 @@ def _of_texts(recipe: Recipe, length: int, size: int) -> Longest:
         train = train.select(_most_characters(train, _MOST_TEXTS))
         source = f"the longest of the {_MOST_TEXTS:,} examples with the most characters"
     rows, *_ = tokenize(
-        replace(task, train=train, validation={}),
+        replace(task, train=train, validation={}, test={}),
         tokenizer,
         max_length=length,
         padding=section.padding,

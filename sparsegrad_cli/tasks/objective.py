@@ -6,9 +6,10 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -30,13 +31,18 @@ class Judgement:
     """The evaluation of one split: metric values, mean loss, and notes.
 
     A note names a value that is set by definition, not measured. With several labels a row, the
-    threshold is the best one for the rows of the split.
+    threshold is the best one for the rows of the split, or the one that was given.
+
+    ``logits`` and ``labels`` are those of all rows in their order, (N, C) float32 and (N,) or
+    (N, L); None for a language model.
     """
 
     values: dict[str, float]
     loss: float
     notes: tuple[str, ...] = ()
     threshold: float | None = None
+    logits: npt.NDArray[np.float32] | None = None
+    labels: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,19 @@ class Objective(Protocol):
         """
         ...
 
-    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[ValidationBatch],
+        threshold: float | None = None,
+    ) -> Judgement:
         """Evaluate a model on a split. Each process evaluates its own batches.
 
         Args:
             model: The model in evaluation mode, not wrapped for data parallelism.
             batches: The batches of this process.
+            threshold: With several labels a row, the probability from which a label is given; by
+                default it is chosen on the split.
         """
         ...
 
@@ -124,7 +137,12 @@ class Classification:
         loss: Tensor = model(**batch).loss
         return loss
 
-    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[ValidationBatch],
+        threshold: float | None = None,
+    ) -> Judgement:
         """Return all metrics of the task; see :class:`Objective`."""
         rows: list[int] = []
         predictions: list[Tensor] = []
@@ -141,7 +159,7 @@ class Classification:
         order = np.argsort(np.concatenate([part[0] for part in parts]))
         predictions_NC = torch.cat([part[1] for part in parts]).numpy()[order]
         labels_N = torch.cat([part[2] for part in parts]).numpy()[order]
-        found = score(self.spec, predictions_NC, labels_N)
+        found = score(self.spec, predictions_NC, labels_N, threshold)
         # Computed from the logits of all rows, because a mean of batch means would weight rows
         # unequally.
         loss = mean_loss(
@@ -151,7 +169,9 @@ class Classification:
             smoothing=self._loss.smoothing,
             weights=self._loss.weights,
         )
-        return Judgement(dict(found.values), loss, found.notes, found.threshold)
+        return Judgement(
+            dict(found.values), loss, found.notes, found.threshold, predictions_NC, labels_N
+        )
 
 
 class LanguageModelling:
@@ -187,7 +207,12 @@ class LanguageModelling:
         loss: Tensor = model(**batch, num_items_in_batch=items, **place).loss
         return loss
 
-    def judge(self, model: nn.Module, batches: Iterable[ValidationBatch]) -> Judgement:
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[ValidationBatch],
+        threshold: float | None = None,
+    ) -> Judgement:
         """Return all metrics, averaged over the split's labelled tokens; see `Objective`."""
         sums, device = LmSums(), torch.device("cpu")
         for batch in batches:

@@ -217,6 +217,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             text_columns=list(task.text_columns),
             train_examples=len(setup.train_data),
             validation_examples={k: len(v) for k, v in setup.validation.items()},
+            test_examples={k: len(v) for k, v in setup.test.items()},
             majority_score=task.majority.get(metric),
             majority_accuracy=task.majority.get("accuracy"),
             max_length=recipe.task.max_length,

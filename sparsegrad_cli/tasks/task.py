@@ -81,6 +81,7 @@ class LoadedTask:
         objective: the loss and metrics.
         train_data: training data set; its rows hold only the inputs of the collator.
         validation: split name -> validation data set with such rows.
+        test: split name -> data set for the test after training; empty without ``task.holdout``.
         tokenizer: the model's tokenizer.
         collator: makes a batch from rows.
         model: the model as loaded from its files.
@@ -97,6 +98,7 @@ class LoadedTask:
     model: nn.Module
     head: HeadStart | None = None
     conversations: list[Conversation] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
 
 
 class RowLimits(NamedTuple):
@@ -110,6 +112,7 @@ class RowLimits(NamedTuple):
         limits = {
             "train_limit": min(self.train, section.train_limit or self.train),
             "eval_limit": min(self.validation, section.eval_limit or self.validation),
+            "test_unused": None,
         }
         return section.model_copy(update=limits)
 
@@ -137,7 +140,7 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
     check_vocabulary(tokenizer, model, loaded.where("model.name"))
     max_length, cut_note = fitting_length(section.max_length, model.config)
     pad_note = ensure_pad_token(tokenizer, model.config)
-    train_data, validation, length_note = tokenize(
+    train_data, sets, length_note = tokenize(
         task, tokenizer, max_length=max_length, padding=section.padding
     )
     notes = (*task.notes, head.note, pad_note, cut_note, length_note)
@@ -156,11 +159,12 @@ def load_classification(loaded: LoadedRecipe, limits: RowLimits | None = None) -
         ),
         Classification(spec, loss),
         train_data,
-        validation,
+        {split: sets[split] for split in task.validation},
         tokenizer,
         TextCollator(tokenizer, max_length=max_length, padding=section.padding),
         model,
         head,
+        test={split: sets[split] for split in task.test},
     )
 
 

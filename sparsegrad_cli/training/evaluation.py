@@ -1,9 +1,10 @@
-"""Evaluation of a run's model on its validation splits, over all processes."""
+"""Evaluation of a run's model on its validation and test sets, over all processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,12 +53,41 @@ class Evaluator:
             InterruptedRunError: The user asked to stop; between two batches.
         """
         started = time.perf_counter()
-        metric, epoch = self._setup.objective.metric, self._plan.epoch_after(step)
-        judgements = self.judge_splits()
-        first = next(iter(judgements.values()))  # The one that selects the best model.
+        judgements = self.judge_splits(self._setup.validation)
+        evaluation = self._evaluation(step, judgements, f"step {step}")
+        if self._samples is not None:
+            evaluation = evaluation.changed(samples=self._answers(self._samples))
+        self.seconds += time.perf_counter() - started
+        self._log.add_evaluation(evaluation)
+        epoch = evaluation.epoch
+        flat = {"eval_score": evaluation.score, "eval_loss": evaluation.loss, "epoch": epoch}
+        for name, judged in judgements.items():
+            flat |= {f"eval_{name}_{key}": value for key, value in judged.values.items()}
+        self._accelerator.log(flat, step=step)
+        return evaluation
+
+    def test(self, kept: Evaluation) -> tuple[Evaluation, dict[str, Judgement]]:
+        """Measure the kept model on the test sets. All processes have to call it.
+
+        Args:
+            kept: The evaluation that chose the model. Its threshold is used, if it has one.
+
+        Raises:
+            InterruptedRunError: The user asked to stop; between two batches.
+        """
+        started = time.perf_counter()
+        judgements = self.judge_splits(self._setup.test, kept.threshold)
+        found = self._evaluation(kept.step, judgements, "test")
+        self.seconds += time.perf_counter() - started
+        self._accelerator.log({"test_score": found.score, "test_loss": found.loss}, step=kept.step)
+        return found, judgements
+
+    def _evaluation(self, step: int, judgements: Mapping[str, Judgement], when: str) -> Evaluation:
+        """Return the record of judgements, with the score of the first; keep their notes."""
+        metric, first = self._setup.objective.metric, next(iter(judgements.values()))
         evaluation = Evaluation(
             step=step,
-            epoch=epoch,
+            epoch=self._plan.epoch_after(step),
             metric=metric,
             score=first.values[metric],
             loss=first.loss,
@@ -65,21 +95,15 @@ class Evaluator:
         )
         if first.threshold is not None:
             evaluation = evaluation.changed(threshold=first.threshold)
-        if self._samples is not None:
-            evaluation = evaluation.changed(samples=self._answers(self._samples))
         for note in dict.fromkeys(note for each in judgements.values() for note in each.notes):
-            if (text := f"step {step}: {note}") not in self.notes:
+            if (text := f"{when}: {note}") not in self.notes:
                 self.notes.append(text)
-        self.seconds += time.perf_counter() - started
-        self._log.add_evaluation(evaluation)
-        flat = {"eval_score": evaluation.score, "eval_loss": evaluation.loss, "epoch": epoch}
-        for name, judged in judgements.items():
-            flat |= {f"eval_{name}_{key}": value for key, value in judged.values.items()}
-        self._accelerator.log(flat, step=step)
         return evaluation
 
-    def judge_splits(self) -> dict[str, Judgement]:
-        """Judge the model on every split.
+    def judge_splits(
+        self, sets: Mapping[str, Any], threshold: float | None = None
+    ) -> dict[str, Judgement]:
+        """Judge the model on every set; see :meth:`.Objective.judge`.
 
         memory/out_of_memory.py finds this method by its name in a traceback.
         """
@@ -87,7 +111,7 @@ class Evaluator:
         was_training = model.training
         model.eval()
         size = self._train.per_device_eval_batch_size * distributed.world_size()
-        batches = sum(-(-len(data) // size) for data in setup.validation.values())
+        batches = sum(-(-len(data) // size) for data in sets.values())
         self._observer.total_steps("evaluate", batches, unit="batches")
         self._batches = 0
         try:
@@ -104,8 +128,9 @@ class Evaluator:
                                 workers=self._train.dataloader_num_workers,
                             )
                         ),
+                        threshold,
                     )
-                    for name, data in setup.validation.items()
+                    for name, data in sets.items()
                 }
         finally:
             model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparsegrad_cli import distributed
@@ -22,6 +23,8 @@ from sparsegrad_cli.records.run import (
 from sparsegrad_cli.restore.adapter_folder import save_adapter
 from sparsegrad_cli.run.checkpoint_state import CheckpointState
 from sparsegrad_cli.run.folder import ADAPTER
+from sparsegrad_cli.run.test_answers import Answer, write_answers
+from sparsegrad_cli.tasks.objective import Judgement
 from sparsegrad_cli.training.accelerator import gradient_bytes
 from sparsegrad_cli.training.sparsity_stats import sparsity_map, with_touched
 
@@ -88,8 +91,10 @@ def record_outcome(loop: TrainingLoop) -> None:
         sparsity=sparsity_map(setup.targets, setup.model, loop.method, loop.optimizer),
     )
     final = loop.final_evaluation()
-    loop.open_run.seconds["evaluate_s"] = loop.evaluator.seconds
     history = loop.log.evaluations
+    best = _best(history, loop) if loop.plan.keeps_best else final
+    test = _test(loop, best) if setup.test else None
+    loop.open_run.seconds["evaluate_s"] = loop.evaluator.seconds
     _save_adapter(loop)
     setup.meter.watch(setup.model)  # Looks again: bounded optimizer state has grown.
     timing = loop.log.timer.summary()
@@ -99,8 +104,9 @@ def record_outcome(loop: TrainingLoop) -> None:
     writer.save(
         metrics=MetricsBlock(
             initial=_without_samples(next((each for each in history if each.step == 0), None)),
-            best=_without_samples(_best(history, loop) if loop.plan.keeps_best else final),
+            best=_without_samples(best),
             final=_without_samples(final),
+            test=test,
             history=history,
             train=loop.log.losses,
             notes=loop.evaluator.notes,
@@ -116,6 +122,32 @@ def record_outcome(loop: TrainingLoop) -> None:
         sizes=sizes.changed(optimizer_state_bytes=setup.meter.live()["optimizer_state"]),
         hashes=hashes.changed(order=loop.order.kept, rows=loop.order.kept_rows),
     )
+
+
+def _test(loop: TrainingLoop, kept: Evaluation) -> Evaluation:
+    """Measure the kept model on the test sets, and write its answers to test.csv."""
+    loop.open_run.begin_phase("evaluate", "test")
+    found, judgements = loop.evaluator.test(kept)
+    if distributed.is_rank_zero():
+        answers = ((name, _answers(judged)) for name, judged in judgements.items())
+        write_answers(loop.writer.path, answers)
+    return found
+
+
+def _answers(judged: Judgement) -> list[Answer]:
+    """Return label and prediction of every row."""
+    logits, labels = judged.logits, judged.labels
+    assert logits is not None and labels is not None  # A task with a holdout has texts with labels.
+    if judged.threshold is not None:
+        from scipy.special import expit
+
+        given_NL = expit(logits.astype(np.float64)) >= judged.threshold
+        return [
+            Answer(tuple(np.flatnonzero(true).tolist()), tuple(np.flatnonzero(given).tolist()))
+            for true, given in zip(labels, given_NL, strict=True)
+        ]
+    predictions = logits.argmax(axis=1) if labels.dtype.kind == "i" else logits.reshape(-1)
+    return [Answer(*pair) for pair in zip(labels.tolist(), predictions.tolist(), strict=True)]
 
 
 def _best(history: list[Evaluation], loop: TrainingLoop) -> Evaluation:

@@ -48,6 +48,7 @@ IDLE = [
     ("task: {name: glue/rte, label_separator: ';'}\n", "task.label_separator"),
     ("task: {name: builtin:dialogues, label_separator: ';'}\n", "task.label_separator"),
     (CHAT.replace("jsonl}", "jsonl, columns: {text: a}}"), "task.columns"),
+    (CHAT.replace("jsonl}", "jsonl, holdout: 9}"), "task.holdout"),
     (CHAT.replace("jsonl}", "jsonl, chat: {paths: best}}"), "task.chat.paths"),
     (CHAT.replace("jsonl}", "jsonl, chat: {max_rank: 0}}"), "task.chat.max_rank"),
     (CHAT.replace("jsonl}", "jsonl, chat: {config: a}}"), "task.chat.config"),
