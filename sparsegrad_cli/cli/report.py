@@ -87,7 +87,7 @@ def _run_or_study(path: Path, *, as_json: bool) -> None:
         content = record.to_json() | {"output_dir": str(folder)}
         show(content, run_screen(record), as_json=as_json, footer=footer)
         return
-    study = up_to_date(found, running=owner_of(folder) is not None)
+    study = up_to_date(found, running=owner_of(folder) is not None, folder=folder)
     footer = _written(folder, lambda: rewrite_study_report(folder, study))
     content = study.to_json() | {"output_dir": str(folder)}
     show(content, study_screen(study), as_json=as_json, footer=footer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
+from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study_section import TUNING_SEED, MethodEntry, Study
 from sparsegrad_cli.recipe.yaml_source import (
     COMMAND_LINE,
@@ -137,12 +138,13 @@ def tuning_problems(study: Study, keys: list[str], source: str) -> list[Problem]
     if study.tune is None:
         return []
     tune, place, problems = study.tune, Place(source), []
-    both = sorted(set(tune.seeds) & set(study.seeds))
+    seeds = () if isinstance(tune.seeds, str) else tune.seeds
+    both = sorted(set(seeds) & set(study.seeds))
     if both:
         what = f"{', '.join(map(str, both))}: tuning must not use the seeds of the reported runs"
         fix = f"use other seeds, such as {max((*study.seeds, TUNING_SEED - 1)) + 1}"
         problems.append(place.problem("tune.seeds", what, fix))
-    if len(set(tune.seeds)) < len(tune.seeds):
+    if len(set(seeds)) < len(seeds):
         problems.append(place.problem("tune.seeds", "names a seed twice"))
     labels = [entry.label for entry in study.methods]
     for label in sorted(set(tune.space.learning_rate.centres) - set(labels)):
@@ -154,3 +156,36 @@ def tuning_problems(study: Study, keys: list[str], source: str) -> list[Problem]
             fix = "leave it out, or set tune.space.learning_rate.centres"
         problems.append(Place(COMMAND_LINE).problem(key, "is tuned, so it cannot be set", fix))
     return problems
+
+
+def test_problems(study: Study, source: str) -> list[Problem]:
+    """Return the problems of a study's ``test`` section."""
+    test, place, problems = study.test, Place(source), []
+    labels = [entry.label for entry in study.methods]
+    if test.row is not None and test.row not in labels:
+        problems.append(_unknown_row("test.row", test.row, labels, place))
+    for label in sorted(set(test.margins) - set(labels)):
+        problems.append(_unknown_row("test.margins", label, labels, place))
+    if test.margins and (test.row is None or test.over == "seeds"):
+        fix = "set test.row, and test.over: seeds_and_examples"
+        what = "are margins of test.row, by the test over seeds and examples"
+        problems.append(place.problem("test.margins", what, fix))
+    if test.row is not None and test.row in test.margins:
+        what = f"compare {test.row} with itself"
+        problems.append(place.problem("test.margins", what, "name another row"))
+    return problems
+
+
+def holdout_problems(study: Study, recipes: Iterable[Recipe], source: str) -> list[Problem]:
+    """Return the problem of a test or tuning that needs a test set, where some run has none."""
+    wanted = {
+        "test.over": study.test.over == "seeds_and_examples",
+        "tune.seeds": study.tune is not None and study.tune.own,
+    }
+    without = next((recipe.task.name for recipe in recipes if recipe.task.holdout is None), None)
+    if without is None:
+        return []
+    what = f"needs a test set that chooses nothing, and the runs on {without} have none"
+    fix = "set task.holdout under settings, such as task: {holdout: 0.1}"
+    place = Place(source)
+    return [place.problem(key, what, fix) for key, needed in wanted.items() if needed]

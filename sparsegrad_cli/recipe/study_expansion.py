@@ -14,10 +14,12 @@ from sparsegrad_cli.recipe.effects import Found
 from sparsegrad_cli.recipe.layers import drop_replaced_size, read_layers, read_override, stack
 from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, resolve
 from sparsegrad_cli.recipe.study_checks import (
+    holdout_problems,
     override_problems,
     rank_problems,
     row_problems,
     settings_problems,
+    test_problems,
     tuning_problems,
 )
 from sparsegrad_cli.recipe.study_section import MethodEntry, Study, TaskEntry
@@ -115,6 +117,7 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
     said = source.places_under("settings")
     problems.add(settings_problems(study, source.name, said, source.match_place))
     problems.add(tuning_problems(study, keys, source.name))
+    problems.add(test_problems(study, source.name))
     cells: list[Cell] = []
     idle: list[Found] = []
     tasks = tuple(enumerate(study.tasks)) or ((-1, None),)
@@ -137,6 +140,8 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
     problems.add(_shared_decay(study, cells))
     if not problems:
         problems.add(_runs_written_twice(cells, source.name))
+        recipes = (cell.loaded.recipe for cell in cells)
+        problems.add(holdout_problems(study, recipes, source.name))
     if problems:
         raise RecipeError(list(problems.values()))
     notes = tuple(each.note() for each in everywhere if each.lenient)

@@ -244,16 +244,52 @@ class Tune(Section):
     trials: Annotated[int, Field(ge=2, le=1000)] = Field(
         8, description="trials of each method on each task; more find better settings"
     )
-    seeds: tuple[NonNegativeInt, ...] = Field(
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | Literal["own"] = Field(
         (TUNING_SEED,),
-        min_length=1,
-        description="seeds of every trial; reported runs must use other ones",
+        description="seeds of every trial, other ones than those of the reported runs, which then "
+        "share the settings found; own: every seed is tuned by itself on the rows of task.holdout, "
+        "and the best trial is its reported run",
     )
     space: Space = Field(Space(), description="the keys that are tuned, for all methods")
+
+    @property
+    def own(self) -> bool:
+        """Whether every seed is tuned by itself."""
+        return self.seeds == "own"
+
+    def seeds_for(self, seed: int | None) -> tuple[int, ...]:
+        """Return the seeds of a series' trials.
+
+        Args:
+            seed: the seed that the series tunes; None if all seeds share it.
+        """
+        return (seed or 0,) if isinstance(self.seeds, str) else self.seeds
 
     def keys(self) -> list[str]:
         """Return the recipe keys that are tuned."""
         return ["train.learning_rate", *(f"train.{key}" for key in self.space.named())]
+
+
+# --- the test
+
+
+class ComparisonTest(Section):
+    """How pairs of methods are tested (docs/explanation/statistics.md)."""
+
+    over: Literal["seeds", "seeds_and_examples"] = Field(
+        "seeds",
+        description="seeds: what further seeds would give on the same rows; seeds_and_examples: "
+        "also on further rows, by the answers to the test set of task.holdout",
+    )
+    row: str | None = Field(
+        None,
+        description="label of the row that is tested against every other; all pairs by default",
+    )
+    margins: dict[str, Positive] = Field(
+        {},
+        description="seeds_and_examples: test that row is not worse than these rows by as much, in "
+        "place of a difference; 0.01 is one point",
+    )
 
 
 # --- the study
@@ -292,6 +328,7 @@ class Study(Section):
         description="further recipe keys that may differ between methods; the report flags them",
     )
     tune: Tune | None = Field(None, description="tune every method before its runs")
+    test: ComparisonTest = Field(ComparisonTest(), description="how pairs of methods are tested")
     engine: EngineSection = Field(EngineSection(), description="where the runs train")
     output_dir: str | None = Field(None, description="runs/<name> by default")
     figures: tuple[Figure, ...] = Field(
@@ -332,6 +369,11 @@ class Study(Section):
     @classmethod
     def _short_engine(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _short_test(cls, value: Any) -> Any:
+        return {"over": value} if isinstance(value, str) else value
 
     @field_validator("tune", mode="before")
     @classmethod

@@ -119,16 +119,31 @@ class PairTest(Block):
         "shown already, or if it is zero.",
     )
     better: str | None = Field(None, description="The better method; null if none is shown.")
+    examples_share: Fraction = Field(
+        None,
+        description="Share of the variance of the mean that is due to the test rows, which more "
+        "seeds do not reduce.",
+    )
+    margin: Number = Field(
+        None,
+        description="`p` is of the hypothesis that `a` is worse than `b` by this margin or more, "
+        "doubled so that it stands for the same two-sided level.",
+    )
+    not_inferior: bool | None = Field(None, description="Whether that hypothesis is rejected.")
 
 
 class PairTestsBlock(Block):
     """Which methods differ, over all seeds and tasks."""
 
+    over: Literal["seeds", "seeds_and_examples"] = "seeds"
+    row: str | None = Field(None, description="The row that all pairs have in common.")
+    margins: dict[str, Number] = Field({}, description="Of non-inferiority, as asked.")
     test: str
     check: str
     correction: str
     level: Fraction = None
     untested: Count = Field(0, description="Pairs with too few seeds in common.")
+    reason: str = Field("", description="Why no pair could be tested, if there is another reason.")
     pairs: list[PairTest] = []
 
 
@@ -268,6 +283,7 @@ class TuningSeries(Block):
 
     task: str
     method: str
+    seed: int | None = Field(None, description="If every seed is tuned by itself.")
     metric: str | None = None
     space: list[SearchDimension] = []
     seconds: Seconds = None
@@ -281,6 +297,9 @@ class TuningBlock(Block):
 
     trials: Count
     seeds: list[int] = []
+    own_seeds: bool = Field(
+        False, description="Every seed was tuned by itself; the best trial is its run."
+    )
     keys: list[str] = []
     sampler: str | None = None
     pruner: str | None = None

@@ -19,6 +19,7 @@ from sparsegrad_cli.report.units import (
     format_interval,
     format_p,
     format_score,
+    format_share,
     listed,
     words,
 )
@@ -28,6 +29,12 @@ _NEEDED = (
     "Seeds needed: the number of seeds that would show the difference with a probability of 80 %, "
     "if further seeds have the same mean and spread (paired t-test at the level divided by the "
     "number of pairs), and that lets the permutation test reach that level at all."
+)
+_NEEDED_CROSSED = (
+    "Of the rows: share of the variance of the difference that is due to the test rows, which more "
+    "seeds do not reduce. Seeds needed: the number that would show the difference with a "
+    "probability of 80 %, if further seeds have the same mean and spread; none if only more test "
+    "rows would."
 )
 _SAME = {
     "same_model": "model",
@@ -50,12 +57,16 @@ def verdict_lines(study: StudyRecord) -> list[str]:
     tests = study.tests
     if tests is None:
         return ["Differences: not tested."]
+    if tests.reason:
+        return [f"No difference is tested: {tests.reason}."]
     if not tests.pairs:
         return [_untested(study)] if tests.untested else []
     level = tests.level or 0.0
-    shown = [pair for pair in tests.pairs if pair.better]
-    lines = [_better(pair) for pair in shown]
-    rest = len(tests.pairs) - len(shown)
+    lines = [_inferiority(pair) for pair in tests.pairs if pair.margin is not None]
+    differences = [pair for pair in tests.pairs if pair.margin is None]
+    shown = [pair for pair in differences if pair.better]
+    lines += [_better(pair) for pair in shown]
+    rest = len(differences) - len(shown)
     if rest:
         other = "other " if shown else ""
         where = f"any of the {other}{rest} pairs" if rest > 1 else f"the {other or 'one '}pair"
@@ -72,6 +83,22 @@ def _untested(study: StudyRecord) -> str:
     return (
         "No method is ranked and no difference is tested: no two methods have two finished seeds "
         "of a task in common."
+    )
+
+
+def _inferiority(pair: PairTest) -> str:
+    """Return whether a method is shown not to be worse than another by the margin."""
+    scale = scale_of(pair.metric)
+    evidence = [f"Holm's p {format_p(pair.p_holm)}"]
+    if pair.mean is not None:
+        interval = format_interval(scale.clip_difference(pair.interval), scale)
+        found = f"{format_score(pair.mean, scale, sign=True)}, 95 % interval {interval}"
+        evidence.insert(0, f"difference {found}")
+    shown = "is" if pair.not_inferior else "is not shown to be"
+    margin = format_score(pair.margin, scale)
+    return (
+        f"{pair.a} {shown} non-inferior to {pair.b} by the margin of {margin} "
+        f"({'; '.join(evidence)})."
     )
 
 
@@ -105,11 +132,14 @@ def pairs_table(study: StudyRecord) -> Table | None:
         return None
     smallest = sorted(tests.pairs, key=lambda pair: pair.p or 0.0)[:_MAX_PAIRS]
     listed = [pair for pair in tests.pairs if pair in smallest]
+    crossed = tests.over != "seeds"
     notes = [
         f"p: {tests.test}. Corrected: {tests.correction}.",
         f"t: {tests.check}. The interval is from this test, uncorrected.",
         _NEEDED,
     ]
+    if crossed:
+        notes = [f"{notes[0]} The interval is from the same test, uncorrected.", _NEEDED_CROSSED]
     if len(listed) < len(tests.pairs):
         notes.append(f"the {len(listed)} of {len(tests.pairs)} pairs with the smallest p")
     columns: list[Column[PairTest]] = [
@@ -120,7 +150,9 @@ def pairs_table(study: StudyRecord) -> Table | None:
         Column("95 % interval", _interval),
         Column("p", lambda pair: format_p(pair.p)),
         Column("p, Holm", lambda pair: format_p(pair.p_holm)),
-        Column("t, Holm", lambda pair: format_p(pair.p_t_holm)),
+        Column("of the rows", lambda pair: format_share(pair.examples_share))
+        if crossed
+        else Column("t, Holm", lambda pair: format_p(pair.p_t_holm)),
         Column("shown", _shown, words=True),
         Column("seeds needed", _seeds_needed),
     ]
@@ -143,6 +175,9 @@ def _seeds_needed(pair: PairTest) -> str:
 
 
 def _shown(pair: PairTest) -> str:
+    if pair.margin is not None:
+        margin = format_score(pair.margin, scale_of(pair.metric))
+        return f"{'' if pair.not_inferior else 'not shown: '}non-inferior by {margin}"
     return f"{pair.better} better" if pair.better else "no difference shown"
 
 

@@ -99,20 +99,22 @@ def _certainty(study: StudyRecord, ranking: _Ranking) -> str:
         return f"{seeds}: not tested"
     if not tests.pairs:
         pairs = math.comb(len(ranking.methods), 2)
-        return f"{seeds}: not tested, {_fewest(tests, pairs, len(tasks_of(study)))}"
+        fewest = _fewest(tests, pairs, len(tasks_of(study)))
+        return f"{seeds}: not tested, {tests.reason or fewest}"
     beaten: dict[str, list[str]] = {}
     for pair in tests.pairs:
         if pair.better:
             beaten.setdefault(pair.better, []).append(pair.b if pair.better == pair.a else pair.a)
     said = [f"{method} is better than {listed(others)}" for method, others in beaten.items()]
+    said += [f"{pair.a} is non-inferior to {pair.b}" for pair in tests.pairs if pair.not_inferior]
     first, second = ranking.methods[:2]
     leading = next((p for p in tests.pairs if {p.a, p.b} == {first, second}), None)
-    if leading is None:
+    if leading is None and tests.row in (None, first, second):
         said.append(f"{first} and {second} not tested, they have fewer than two seeds in common")
-    elif not leading.better:
+    elif leading is not None and not leading.better and leading.margin is None:
         which = f" between {first} and {second}" if len(ranking.methods) > 2 else ""
         said.append(f"inconclusive{which}{_needed(leading)}")
-    return f"{seeds}: {', '.join(said)}"
+    return f"{seeds}: {', '.join(said) or 'inconclusive'}"
 
 
 def _fewest(tests: PairTestsBlock, pairs: int, tasks: int) -> str:
@@ -125,6 +127,8 @@ def _fewest(tests: PairTestsBlock, pairs: int, tasks: int) -> str:
 
 def _needed(pair: PairTest) -> str:
     needed = pair.seeds_needed
+    if needed is None and pair.examples_share:
+        return ", and more seeds would not decide, only more test rows"
     if needed is None:
         zero = pair.p == 1.0  # Records of earlier versions have no number, whatever the difference.
         return ", and no number of seeds would decide: the mean difference is zero" if zero else ""

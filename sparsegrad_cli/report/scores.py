@@ -318,7 +318,8 @@ def _peak_mb(study: StudyRecord, task: str, method: str) -> float | None:
 
 
 def _tuned_rate(study: StudyRecord, task: str, method: str) -> float | None:
-    for series in study.tuning.series if study.tuning else []:
+    shared = study.tuning is not None and not study.tuning.own_seeds
+    for series in study.tuning.series if study.tuning and shared else []:
         if (series.task, series.method) == (task, method) and series.best:
             rate = series.best.settings.get("train.learning_rate")
             return rate if isinstance(rate, int | float) else None

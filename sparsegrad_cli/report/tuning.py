@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sparsegrad_cli.records.metric_direction import scale_of
 from sparsegrad_cli.records.study import SearchDimension, StudyRecord, Trial, TuningSeries
@@ -62,6 +63,7 @@ def tuning_lines(study: StudyRecord) -> list[str]:
     several = len(tasks_of(study)) > 1
     for series in _series(study):
         row = f"{series.task}, {series.method}" if several else series.method
+        row += "" if series.seed is None else f", seed {series.seed}"
         lines += [
             f"{row}: the best {_name(edge.key)} is the {edge.end} that was tried; a better value "
             "may lie beyond it."
@@ -79,11 +81,13 @@ def tuning_check(study: StudyRecord) -> Check | None:
         return None
     if {len(series.trials) for series in tuning.series} != {tuning.trials}:
         return Check(None, f"Tuning of {tuning.trials} trials per method and task: not done yet.")
-    seeds = ", ".join(map(str, tuning.seeds))
+    seeds = f"on seeds that are not reported ({', '.join(map(str, tuning.seeds))})"
+    if tuning.own_seeds:
+        seeds = "for each seed by itself, by held-out training rows; the test set chose nothing"
     return Check(
         True,
         f"{tuning.trials} trials of tuning for every method on every task, over equally wide "
-        f"spaces, on seeds that are not reported ({seeds}).",
+        f"spaces, {seeds}.",
     )
 
 
@@ -95,17 +99,27 @@ def tuning_table(study: StudyRecord) -> Table | None:
     columns: list[Column[TuningSeries]] = [
         Column("task", lambda series: series.task, words=True),
         Column("method", lambda series: series.method, words=True),
+        *_seed_column(study, lambda series: series),
         Column("best settings", _best_settings, words=True),
         Column("space", _space, words=True),
         Column("trials", _trial_counts),
         Column("score", _best_score),
         Column("time", lambda series: format_seconds(series.seconds)),
     ]
-    seeds = ", ".join(map(str, tuning.seeds))
-    caption = f"Tuning on seed {seeds}, by the best validation score"
+    where = f"on seed {', '.join(map(str, tuning.seeds))}, by the best validation score"
+    if tuning.own_seeds:
+        where = "of each seed, by the best score on held-out training rows"
+    caption = f"Tuning {where}"
     notes = [f"{tuning.sampler}. Pruned: {tuning.pruner}.", *tuning_lines(study)]
     several = len(tasks_of(study)) > 1
     return Table.of(tuning.series, columns if several else columns[1:], caption, notes)
+
+
+def _seed_column(study: StudyRecord, series_of: Callable[[Any], TuningSeries]) -> list[Column[Any]]:
+    """Return the column of the seed, if every seed is tuned by itself."""
+    if study.tuning is None or not study.tuning.own_seeds:
+        return []
+    return [Column("seed", lambda row: words(series_of(row).seed))]
 
 
 def _best_settings(series: TuningSeries) -> str:
@@ -153,6 +167,7 @@ def trials_table(study: StudyRecord) -> Table | None:
     columns: list[Column[tuple[TuningSeries, Trial]]] = [
         Column("task", lambda row: row[0].task, words=True),
         Column("method", lambda row: row[0].method, words=True),
+        *_seed_column(study, lambda row: row[0]),
         Column("trial", lambda row: str(row[1].number + 1), words=True),
         Column("settings", lambda row: settings_words(row[1].settings), words=True, strong=best),
         Column("status", lambda r: r[1].error or status_words(r[1].status), words=True),

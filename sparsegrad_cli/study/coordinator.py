@@ -209,6 +209,8 @@ class _Coordinator:
     def _run_cell(self, name: str, cell: Cell) -> None:
         folder = self._folder.cell(cell)
         self._runs.wait_for_owner(folder)
+        if self._tuning is not None and not is_done(cell.loaded.recipe, folder):
+            self._tuning.adopt(cell, folder)
         if is_done(cell.loaded.recipe, folder):
             self._tell(f"{name}: done before")
             return
@@ -230,7 +232,7 @@ class _Coordinator:
                 budget=None if budget is None else with_measured(budget, entries),
                 tuning=None if self._tuning is None else self._tuning.block(),
                 cells=entries,
-                **evidence(entries),
+                **evidence(entries, self._study.study.test, self._folder.path),
             )
             write(self._record, self._folder.record_file)
             self._saved(self._record)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypedDict
 
+from sparsegrad_cli.recipe.study_section import ComparisonTest
 from sparsegrad_cli.records.run import RunRecord
 from sparsegrad_cli.records.study import (
     BudgetBlock,
@@ -17,6 +19,7 @@ from sparsegrad_cli.records.study import (
     StudyRecord,
     Verdict,
 )
+from sparsegrad_cli.study.crossed_pairs import crossed_tests
 from sparsegrad_cli.study.pairs import pair_tests
 from sparsegrad_cli.study.rows import held_bytes, make_rows, train_step_peak
 
@@ -32,16 +35,33 @@ class Evidence(TypedDict):
     checks: list[Check]
 
 
-def evidence(cells: Sequence[CellEntry]) -> Evidence:
-    """Return ``rows``, ``tests`` and ``checks`` of compare.json."""
-    return {"rows": make_rows(cells), "tests": pair_tests(cells), "checks": make_checks(cells)}
+def evidence(
+    cells: Sequence[CellEntry], test: ComparisonTest | None = None, folder: Path | None = None
+) -> Evidence:
+    """Return ``rows``, ``tests`` and ``checks`` of compare.json.
+
+    Args:
+        cells: the runs.
+        test: how pairs are tested; over seeds by default.
+        folder: the study's folder, with the answers of its runs; needed for the test over seeds
+            and examples.
+    """
+    test = test or ComparisonTest()
+    if test.over == "seeds" or folder is None:
+        tests = pair_tests(cells, test.row)
+    else:
+        tests = crossed_tests(cells, test, folder)
+    return {"rows": make_rows(cells), "tests": tests, "checks": make_checks(cells)}
 
 
-def up_to_date(record: StudyRecord, *, running: bool) -> StudyRecord:
+def up_to_date(record: StudyRecord, *, running: bool, folder: Path | None = None) -> StudyRecord:
     """Return a record with its evidence recomputed, since older versions recorded less.
+
+    A test over seeds and examples stays as it is if the answers of some run are missing.
 
     Args:
         record: the content of compare.json.
+        folder: the study's folder.
         running: whether a process has locked the study's folder. If not, a study that is recorded
             as running was killed.
     """
@@ -51,7 +71,13 @@ def up_to_date(record: StudyRecord, *, running: bool) -> StudyRecord:
         return record
     if record.budget is not None:
         record = record.changed(budget=with_measured(record.budget, record.cells))
-    return record.changed(**evidence(record.cells))
+    tests = record.tests or PairTestsBlock(test="", check="", correction="")
+    margins = {label: value for label, value in tests.margins.items() if value}
+    asked = ComparisonTest(over=tests.over, row=tests.row, margins=margins)
+    found = evidence(record.cells, asked, folder)
+    if found["tests"].reason and tests.pairs:
+        found["tests"] = tests
+    return record.changed(**found)
 
 
 # --- whether the methods were compared under equal conditions

@@ -50,17 +50,20 @@ def load_optuna() -> Any:
     return optuna
 
 
-def propose(space: Sequence[Dimension], told: Sequence[FrozenTrial], name: str) -> dict[str, Any]:
+def propose(
+    space: Sequence[Dimension], told: Sequence[FrozenTrial], name: str, shift: float = 0.0
+) -> dict[str, Any]:
     """Return the settings of the next trial, which depend only on the arguments.
 
     Args:
         space: the dimensions.
         told: all trials that have ended, in order.
         name: the name of the series, which seeds the sampler together with the trial's number.
+        shift: of the first points (:func:`first_point`).
     """
     number = len(told)
     if number < FIRST:
-        return first_point(space, number)
+        return first_point(space, number, shift)
     seed = int(hashlib.sha256(f"{SEED} {name} {number}".encode()).hexdigest()[:8], 16)
     sampler = load_optuna().samplers.TPESampler(n_startup_trials=FIRST, seed=seed)
     study = _in_memory(told, sampler=sampler)

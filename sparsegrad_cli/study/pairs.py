@@ -42,10 +42,14 @@ _MIN_SEEDS = 2
 Scores = dict[tuple[str, int], float]
 
 
-def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
-    """Return the ``tests`` block of compare.json.
+def pair_tests(cells: Sequence[CellEntry], row: str | None = None) -> PairTestsBlock:
+    """Return the ``tests`` block of compare.json, of the test over seeds.
 
     A task counts for a pair that shares at least two seeds of it: one seed cannot rank methods.
+
+    Args:
+        cells: the runs.
+        row: the label of the row that is tested against every other; None tests all pairs.
     """
     scores: dict[str, Scores] = {}
     metrics: dict[str, str | None] = {}
@@ -55,12 +59,13 @@ def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
         if score is not None and cell.run is not None:
             kept[cell.task, cell.seed] = score
             metrics.setdefault(cell.task, cell.run.task.metric if cell.run.task else None)
-    found = [_pair(a, b, scores[a], scores[b], metrics) for a, b in combinations(scores, 2)]
+    found = [_pair(a, b, scores[a], scores[b], metrics) for a, b in pairs_of(list(scores), row)]
     pairs = [pair for pair in found if pair is not None]
     adjusted = holm([pair.p for pair in pairs])
     tested = [pair.t.p for pair in pairs if pair.t is not None]
     adjusted_t = iter(holm(tested))
     return PairTestsBlock(
+        row=row,
         test=TEST,
         check=CHECK,
         correction=f"Holm's, over {len(pairs)} pairs",
@@ -71,6 +76,13 @@ def pair_tests(cells: Sequence[CellEntry]) -> PairTestsBlock:
             for pair, p_holm in zip(pairs, adjusted, strict=True)
         ],
     )
+
+
+def pairs_of(labels: Sequence[str], row: str | None) -> list[tuple[str, str]]:
+    """Return the pairs that are tested: all, or ``row`` with every other."""
+    if row is None:
+        return list(combinations(labels, 2))
+    return [(row, label) for label in labels if label != row] if row in labels else []
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ class StudyProgress:
         left += [_expected(seconds, (entry.task, entry.method)) for entry in waiting]
         done, total = len(record.cells) - len(left), len(record.cells)
         if record.tuning is not None:
+            if record.tuning.own_seeds:  # A run is then the best of its trials.
+                left = []
             for series in record.tuning.series:
                 ended, trials = len(series.trials), record.tuning.trials or 0
                 done, total = done + ended, total + trials

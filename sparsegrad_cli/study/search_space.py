@@ -6,6 +6,7 @@ because a rate that suits one method is far off for another. Imports no Optuna.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,36 +76,57 @@ def _digits(value: float) -> float:
 
 @dataclass(frozen=True)
 class Series:
-    """The trials of one method on one task.
+    """The trials of one method on one task, for all seeds or for one.
 
     Attributes:
         task, label: the task, and the label of the method's row.
         space: what is tuned.
         recipe: the row's recipe; its tuned keys and its seed are ignored.
+        seeds: the seeds of every trial.
+        seed: the seed that is tuned by itself; None if all seeds share the settings.
     """
 
     task: str
     label: str
     space: tuple[Dimension, ...]
     recipe: Recipe
+    seeds: tuple[int, ...]
+    seed: int | None = None
 
     @property
     def name(self) -> str:
         """The name of the series, such as ``glue/rte lora``."""
-        return f"{self.task} {self.label}"
+        return f"{self.task} {self.label}" + ("" if self.seed is None else f" seed {self.seed}")
 
-    def about(self, seeds: Sequence[int]) -> dict[str, Any]:
+    @property
+    def shift(self) -> float:
+        """Share of the span by which the first points are moved, the same for all methods."""
+        if self.seed is None:
+            return 0.0
+        return int(hashlib.sha256(f"{self.task} {self.seed}".encode()).hexdigest()[:8], 16) / 2**32
+
+    def about(self) -> dict[str, Any]:
         """Return what all trials of the series have in common, which identifies it."""
         common = with_settings(self.recipe, first_point(self.space, 0), seed=0)
         space = [dimension.to_json() for dimension in self.space]
-        return {"space": space, "seeds": list(seeds), "recipe": digest(common)}
+        return {"space": space, "seeds": list(self.seeds), "recipe": digest(common)}
 
 
 def series_of(study: LoadedStudy) -> list[Series]:
-    """Return one series for every method on every task, in the order of the runs."""
-    first = {(cell.task, cell.label): cell for cell in reversed(study.cells)}
-    order = dict.fromkeys((cell.task, cell.label) for cell in study.cells)
-    return [Series(*key, space_of(study, first[key]), first[key].loaded.recipe) for key in order]
+    """Return a series for every method on every task, in the order of the runs.
+
+    If every seed is tuned by itself, there is one for every run.
+    """
+    tune = study.study.tune
+    assert tune is not None
+    found: dict[tuple[str, str, int | None], Series] = {}
+    for cell in study.cells:
+        seed = cell.seed if tune.own else None
+        key = (cell.task, cell.label, seed)
+        if key not in found:
+            space, recipe = space_of(study, cell), cell.loaded.recipe
+            found[key] = Series(cell.task, cell.label, space, recipe, tune.seeds_for(seed), seed)
+    return list(found.values())
 
 
 def space_of(study: LoadedStudy, cell: Cell) -> tuple[Dimension, ...]:
@@ -159,15 +181,16 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None 
     return check(Layer(plain), Recipe)
 
 
-def first_point(space: Sequence[Dimension], number: int) -> dict[str, Any]:
+def first_point(space: Sequence[Dimension], number: int, shift: float = 0.0) -> dict[str, Any]:
     """Return the ``number``-th of the first points, by recipe key.
 
     The points are a Halton sequence (1960). Learning rates lie at 1/2, 1/4, 3/4, 1/8, 5/8, 3/8, 7/8
     of the span, so that few trials cover it and the first is its centre. The next keys use thirds,
-    fifths and so on.
+    fifths and so on. ``shift`` moves all points by a share of the span, and those that leave it at
+    one end enter it at the other (Cranley and Patterson 1976).
     """
     return {
-        dimension.key: dimension.at(_halton(number + 1, prime))
+        dimension.key: dimension.at((_halton(number + 1, prime) + shift) % 1)
         for dimension, prime in zip(space, _PRIMES, strict=False)
     }
 

@@ -158,18 +158,12 @@ class _SeedRun:
         return self._pruned_at is not None
 
     def _tidy(self) -> None:
-        """Record whether the run was pruned, and remove its weights; the record stays."""
+        """Record whether the run was pruned."""
         run = find_run(self.folder)
         if self._pruned_at is not None and run is not None and run.status != "done":
             what = f"stopped after step {self._pruned_at}: below the median of the earlier trials"
             error = ErrorBlock(title="Pruned", what=what, where=None, fix=None)
             write(run.changed(status="pruned", error=error), self.folder / RUN)
-        for pattern in _WEIGHTS:
-            for path in self.folder.glob(pattern):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
 
     @property
     def status(self) -> CellStatus:
@@ -202,6 +196,16 @@ class _SeedRun:
             steps=self._log.last_step,
             run_dir=str(self.folder.relative_to(study)),
         )
+
+
+def remove_weights(folder: Path) -> None:
+    """Remove the weights of a trial's run; its record stays."""
+    for pattern in _WEIGHTS:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class StepLog:

@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.cli_runs import Cli
 from support.paths import REPO
 
-from sparsegrad_cli.errors import UsageError
+from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic
 from sparsegrad_cli.recipe.load_recipe import digest
-from sparsegrad_cli.recipe.study import LoadedStudy, make_study
+from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.records.study import Trial
 from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
@@ -49,7 +51,7 @@ def prepared(folder: Path, study: LoadedStudy, scores: list[float]) -> None:
     write_json_atomic(folder / "compare.json", record)
     store = TrialStore(folder / "tuning.journal")
     for series in series_of(study):
-        store.open(series.name, series.about(study.study.tune.seeds))
+        store.open(series.name, series.about())
         for number, score in enumerate(scores):
             told = store.ended(series.name, 99)
             trial = Trial(
@@ -112,6 +114,85 @@ def test_a_trial_below_the_median_is_pruned_and_runs_use_the_best_settings(
         assert refused.code == 2, refused.err
 
 
+@pytest.mark.usefixtures("warm_python")
+def test_every_seed_is_tuned_by_itself_and_its_best_trial_is_the_run(
+    cli: Cli, tmp_path: Path, small_bert: str
+) -> None:
+    """Held-out rows choose the trial; the run is a copy of it, not trained again."""
+    settings = {
+        "task": {"train_limit": 32, "eval_limit": 16, "max_length": 16, "holdout": 24},
+        "train": {"per_device_train_batch_size": 8, "eval_strategy": "steps", "eval_steps": 2},
+        "model": small_bert,
+    }
+    settings["train"] |= {"max_steps": 4}  # type: ignore[operator]
+    study = {
+        "name": "own",
+        "methods": ["full", "lora"],
+        "seeds": [42, 1],
+        "match": None,
+        "settings": settings,
+        "tune": {"trials": 2, "seeds": "own"},
+        "test": {"over": "seeds_and_examples", "row": "lora", "margins": {"full": 0.05}},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(study))
+    outcome = cli("compare", "own.yaml", "-o", "c", "-q")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "c" / "compare.json").read_text())
+    tuning = record["tuning"]
+    assert tuning["own_seeds"] and not tuning["seeds"]
+    assert [(one["method"], one["seed"]) for one in tuning["series"]] == [
+        ("full", 42),
+        ("lora", 42),
+        ("full", 1),
+        ("lora", 1),
+    ]
+    rates = [[trial["settings"][RATE] for trial in one["trials"]] for one in tuning["series"]]
+    assert len({rate for each in rates for rate in each}) == 8, "no two series try the same rates"
+    # Both methods of a seed lie at the same places of their spans.
+    low = [one["space"][0]["low"] for one in tuning["series"]]
+    assert rates[0][0] / low[0] == pytest.approx(rates[1][0] / low[1], rel=1e-3)
+    for one, cell in zip(tuning["series"], record["cells"], strict=True):
+        best = one["trials"][one["best"]["number"]]
+        folder = tmp_path / "c" / cell["run_dir"]
+        source = tmp_path / "c" / best["runs"][0]["run_dir"]
+        assert (folder / "run.json").read_bytes() == (source / "run.json").read_bytes()
+        assert (folder / "adapter").is_dir() and not (source / "adapter").exists()
+        assert cell["run"]["metrics"]["best"]["score"] == best["score"]
+        assert f"output_dir: {folder}" in (folder / "recipe.yaml").read_text()
+        assert cell["seed"] == cell["run"]["seed"] == one["seed"]
+    (pair,) = record["tests"]["pairs"]
+    assert (pair["a"], pair["b"], pair["margin"]) == ("lora", "full", 0.05)
+    flat = " ".join(outcome.out.split())
+    assert "for each seed by itself" in flat
+    assert cli("compare", "own.yaml", "-o", "c", "-q").code == 0
+    again = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert again["tuning"] == tuning and again["cells"] == record["cells"]
+    assert cli("predict", "c", "a text").code == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"tune": {"seeds": "own"}}, "tune.seeds"),
+        ({"test": "seeds_and_examples"}, "test.over"),
+        ({"test": {"row": "lara"}}, "test.row"),
+        ({"test": {"margins": {"full": 0.1}}}, "test.margins"),
+        (
+            {"test": {"over": "seeds_and_examples", "row": "full", "margins": {"full": 0.1}}},
+            "test.margins",
+        ),
+    ],
+)
+def test_tests_and_own_seeds_that_do_not_fit_are_refused(
+    tmp_path: Path, keys: dict[str, Any], key: str
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"methods": ["full", "lora"], "match": None, **keys}))
+    with pytest.raises(RecipeError) as refused:
+        load_study(path)
+    assert key in [problem.key for problem in refused.value.problems]
+
+
 def test_a_study_tuned_by_an_earlier_version_is_refused(tmp_path: Path) -> None:
     study = make_study(None, ("full",), 1, TINY, trials=2)
     (tmp_path / "tuning.db").touch()
@@ -130,7 +211,7 @@ def test_rows_without_a_finished_trial_have_no_runs(tmp_path: Path) -> None:
     assert tuning.open(make=False)
     full, lora = series_of(study)
     store = tuning.store
-    store.forget(lora.name, lora.about((101,)))
+    store.forget(lora.name, lora.about())
     assert tuning.tuned() is None  # trials are missing
     for number in range(2):
         failed = Trial(number=number, settings={RATE: 1e-3}, status="failed", seconds=3.0)
@@ -169,7 +250,7 @@ def test_a_trial_averages_its_seeds_and_ends_at_the_first_pruned_one(
 
     place, runs = StudyFolder(tmp_path), Runs(LocalEngine(1))
     store = TrialStore(tmp_path / "tuning.journal")
-    store.open(series.name, series.about((7, 8)))
+    store.open(series.name, replace(series, seeds=(7, 8)).about())
     curves = [([0.5, 0.6, 0.6], [0.4, 0.8, 0.7]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])]
     curves += [([0.6, 0.9, 0.9], [0.6, 0.9, 0.9]), ([0.1, 0.2, 0.9], [1.0, 1.0, 1.0])]
     trials = []
@@ -191,8 +272,6 @@ def test_a_trial_averages_its_seeds_and_ends_at_the_first_pruned_one(
     assert last.status == "pruned" and len(last.runs) == 1 and last.seconds == 5
     best = best_trial(trials)
     assert best is not None and best.number == 2
-    (kept,) = tmp_path.glob("tuning/*/checkpoint-*")  # the other runs' checkpoints were removed
-    assert kept.parent.name == "builtin-acceptability-full-t3-s8"
 
 
 def test_step_log_reads_each_evaluation_once(tmp_path: Path) -> None:
