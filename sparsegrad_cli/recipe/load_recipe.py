@@ -213,3 +213,21 @@ def digest(recipe: Recipe) -> str:
             del plain["train"][key]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None = None) -> Recipe:
+    """Return a recipe with some dotted keys changed, and optionally another seed.
+
+    Raises:
+        RecipeError: a value is not valid for its key.
+    """
+    plain = to_plain(recipe)
+    for key, value in settings.items():
+        section: Any = plain
+        *path, name = key.split(".")
+        for part in path:
+            section = section[part]
+        section[name] = value
+    if seed is not None:
+        plain["seed"] = seed
+    return check(Layer(plain), Recipe)

@@ -8,8 +8,9 @@ from typing import Any
 from sparsegrad_cli.errors import Problem, RecipeError
 from sparsegrad_cli.io.suggest import suggest
 from sparsegrad_cli.methods.registry import SIZE_KEYS, settings_class
+from sparsegrad_cli.recipe.load_recipe import with_settings
 from sparsegrad_cli.recipe.schema import Recipe
-from sparsegrad_cli.recipe.study_section import TUNING_SEED, MethodEntry, Study
+from sparsegrad_cli.recipe.study_section import TUNING_SEED, MethodEntry, Range, Study
 from sparsegrad_cli.recipe.yaml_source import (
     COMMAND_LINE,
     KeyPath,
@@ -155,6 +156,37 @@ def tuning_problems(study: Study, keys: list[str], source: str) -> list[Problem]
         if key == "train.learning_rate":
             fix = "leave it out, or set tune.space.learning_rate.centres"
         problems.append(Place(COMMAND_LINE).problem(key, "is tuned, so it cannot be set", fix))
+    return problems
+
+
+def row_space_problems(study: Study, recipes: Mapping[str, Recipe], source: str) -> list[Problem]:
+    """Return the problems of ``tune.space.rows``.
+
+    Args:
+        study: the study.
+        recipes: label of a row -> its recipe on some task.
+        source: name of the study, for messages.
+    """
+    rows = study.tune.space.rows if study.tune is not None else {}
+    place, problems = Place(source), []
+    for label, keys in rows.items():
+        if label not in recipes:
+            problems.append(_unknown_row("tune.space.rows", label, list(recipes), place))
+            continue
+        for key, over in keys.items():
+            where = f"tune.space.rows.{label}.{key}"
+            section, _, name = key.partition(".")
+            if key != "train.lora_plus_ratio" and (section != "method" or name in SIZE_KEYS):
+                what = "expected a key of the method that is not its size, or train.lora_plus_ratio"
+                problems.append(place.problem(where, what, "such as method.rslora"))
+                continue
+            values = (over.low, over.high) if isinstance(over, Range) else over
+            try:
+                for value in values:
+                    with_settings(recipes[label], {key: value})
+            except RecipeError as error:
+                first = error.problems[0]
+                problems.append(place.problem(where, first.what, first.fix))
     return problems
 
 

@@ -18,6 +18,7 @@ from sparsegrad_cli.recipe.study_checks import (
     override_problems,
     rank_problems,
     row_problems,
+    row_space_problems,
     settings_problems,
     test_problems,
     tuning_problems,
@@ -142,6 +143,8 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
         problems.add(_runs_written_twice(cells, source.name))
         recipes = (cell.loaded.recipe for cell in cells)
         problems.add(holdout_problems(study, recipes, source.name))
+        by_label = {cell.label: cell.loaded.recipe for cell in cells}
+        problems.add(row_space_problems(study, by_label, source.name))
     if problems:
         raise RecipeError(list(problems.values()))
     notes = tuple(each.note() for each in everywhere if each.lenient)

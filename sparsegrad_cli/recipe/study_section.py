@@ -187,6 +187,12 @@ Numbers = Annotated[
 ]
 
 
+# The same with values of any kind, for keys of a method.
+RowNumbers = Annotated[
+    Annotated[Range, Tag("range[]")]
+    | Annotated[tuple[bool | int | float | str, ...], Field(min_length=2), Tag("tuple[]")],
+    Discriminator(_kind),
+]
 _TRIED = "values that are tried: a list, or a range {low, high, log}; not tuned by default"
 
 
@@ -202,15 +208,21 @@ class Space(Section):
     )
     warmup_steps: Numbers | None = Field(None, description=_TRIED)
     weight_decay: Numbers | None = Field(None, description=_TRIED)
+    head_learning_rate: Numbers | None = Field(None, description=_TRIED)
     adam_beta1: Numbers | None = Field(None, description=_TRIED)
     adam_beta2: Numbers | None = Field(None, description=_TRIED)
     adam_epsilon: Numbers | None = Field(None, description=_TRIED)
     max_grad_norm: Numbers | None = Field(None, description=_TRIED)
+    rows: dict[str, dict[str, RowNumbers]] = Field(
+        {},
+        description="keys of single rows, by label: of method (no size), or train.lora_plus_ratio; "
+        "such as {lora: {method.rslora: [false, true]}}. Every row has the same number of trials",
+    )
 
     def named(self) -> dict[str, Range | tuple[Any, ...]]:
         """Return the tuned keys other than the learning rate, without ``train.``."""
         found = {key: getattr(self, key) for key in type(self).model_fields}
-        del found["learning_rate"]
+        del found["learning_rate"], found["rows"]
         return {key: value for key, value in found.items() if value is not None}
 
     @model_validator(mode="after")
@@ -267,7 +279,8 @@ class Tune(Section):
 
     def keys(self) -> list[str]:
         """Return the recipe keys that are tuned."""
-        return ["train.learning_rate", *(f"train.{key}" for key in self.space.named())]
+        own = dict.fromkeys(key for keys in self.space.rows.values() for key in keys)
+        return ["train.learning_rate", *(f"train.{key}" for key in self.space.named()), *own]
 
 
 # --- the test

@@ -7,15 +7,14 @@ because a rate that suits one method is far off for another. Imports no Optuna.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsegrad_cli.recipe.load_recipe import check, digest, to_plain
+from sparsegrad_cli.recipe.load_recipe import digest, with_settings
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.study_section import Range
-from sparsegrad_cli.recipe.yaml_source import Layer
 
 RATE = "train.learning_rate"
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
@@ -130,18 +129,19 @@ def series_of(study: LoadedStudy) -> list[Series]:
 
 
 def space_of(study: LoadedStudy, cell: Cell) -> tuple[Dimension, ...]:
-    """Return the space of a method on a task; the learning rate comes first."""
+    """Return the space of a method on a task: the learning rate, shared keys, and its own."""
     assert study.study.tune is not None
     space = study.study.tune.space
     centre, origin = _centre(study, cell)
     reach = 10 ** (space.learning_rate.decades / 2)
     ends = (_digits(centre / reach), _digits(centre * reach))
     found = [Dimension(RATE, *ends, log=True, centre=centre, centre_from=origin)]
-    for name, over in space.named().items():
+    keys = {f"train.{name}": over for name, over in space.named().items()}
+    for key, over in (keys | space.rows.get(cell.label, {})).items():
         if isinstance(over, Range):
-            found.append(Dimension(f"train.{name}", over.low, over.high, over.log))
+            found.append(Dimension(key, over.low, over.high, over.log))
         else:
-            found.append(Dimension(f"train.{name}", choices=over))
+            found.append(Dimension(key, choices=over))
     return tuple(found)
 
 
@@ -161,24 +161,6 @@ def _centre(study: LoadedStudy, cell: Cell) -> tuple[float, str]:
     if any("learning_rate" in train for train in own):
         return cell.loaded.recipe.train.learning_rate, "study"
     return cell.loaded.recipe.method.learning_rate_center, "measured"
-
-
-def with_settings(recipe: Recipe, settings: Mapping[str, Any], seed: int | None = None) -> Recipe:
-    """Return a recipe with some dotted keys changed, and optionally another seed.
-
-    Raises:
-        RecipeError: a value is not valid for its key.
-    """
-    plain = to_plain(recipe)
-    for key, value in settings.items():
-        section: Any = plain
-        *path, name = key.split(".")
-        for part in path:
-            section = section[part]
-        section[name] = value
-    if seed is not None:
-        plain["seed"] = seed
-    return check(Layer(plain), Recipe)
 
 
 def first_point(space: Sequence[Dimension], number: int, shift: float = 0.0) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad_cli.errors import InterruptedRunError
+from sparsegrad_cli.recipe.load_recipe import with_settings
 from sparsegrad_cli.recipe.schema import Recipe
 from sparsegrad_cli.records.run import ErrorBlock, Evaluation, RunRecord
 from sparsegrad_cli.records.store import RUN, write
@@ -23,7 +24,7 @@ from sparsegrad_cli.records.study import CellStatus, Trial, TrialRun
 from sparsegrad_cli.study.folder import StudyFolder
 from sparsegrad_cli.study.optuna_trials import NEXT_SEED, Pruner, TrialStore, goodness
 from sparsegrad_cli.study.runs import Runs, can_resume, find_run, is_done
-from sparsegrad_cli.study.search_space import Series, with_settings
+from sparsegrad_cli.study.search_space import Series
 from sparsegrad_cli.study.statistics import mean
 
 _ENDED = ("done", "failed", "out_of_memory")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from sparsegrad_cli.errors import SparsegradError, UsageError
 from sparsegrad_cli.io.atomic import write_text_atomic
 from sparsegrad_cli.io.paths import remove_folder
-from sparsegrad_cli.recipe.load_recipe import to_plain
+from sparsegrad_cli.recipe.load_recipe import to_plain, with_settings
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.yaml_source import dump
 from sparsegrad_cli.records.study import (
@@ -42,7 +42,7 @@ from sparsegrad_cli.study.optuna_trials import (
     record_of,
 )
 from sparsegrad_cli.study.runs import Runs, is_done
-from sparsegrad_cli.study.search_space import Series, series_of, with_settings
+from sparsegrad_cli.study.search_space import Series, series_of
 from sparsegrad_cli.study.trial import TrialRunner, remove_weights
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from support.cli_runs import SMALL, Cli
 
 from sparsegrad_cli.errors import RecipeError
-from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.recipe.load_recipe import digest, with_settings
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.records.study import Edge, Trial
 from sparsegrad_cli.study.folder import study_digest
@@ -23,7 +23,6 @@ from sparsegrad_cli.study.search_space import (
     first_point,
     series_of,
     space_of,
-    with_settings,
 )
 
 ROWS = (
@@ -188,6 +187,11 @@ def _reported(folder: Path, seeds: str) -> Path:
     [
         ("1", "tune.trials: 1 should be greater than or equal to 2"),
         ("{trials: many}", "tune.trials"),
+        ("{space: {rows: {lara: {method.rslora: [false, true]}}}}", "lara"),
+        ("{space: {rows: {lora: {method.rank: [2, 4]}}}}", "not its size"),
+        ("{space: {rows: {lora: {train.warmup_steps: [0, 1]}}}}", "a key of the method"),
+        ("{space: {rows: {lora: {method.rslora: [1, 7]}}}}", "true or false"),
+        ("{space: {rows: {lora: {method.nothing: [1, 7]}}}}", "nothing"),
         ("{space: {warmup_stepz: [0, 1]}}", "did you mean warmup_steps"),
         ("{space: {max_steps: [10, 20]}}", "tune.space.max_steps: is not a key here"),
         ("{space: {weight_decay: {low: 1, high: 0.1}}}", "low must be below high"),
@@ -243,3 +247,19 @@ def test_validate_and_compare_check_tuning_before_any_run(cli: Cli, tmp_path: Pa
     assert refused.code == 2 and "is tuned" in refused.flat
     assert cli("compare", "t.yaml", "--tune", "1", "-o", "c").code == 2
     assert not (tmp_path / "c").exists()
+
+
+def test_a_row_has_keys_of_its_own(tmp_path: Path) -> None:
+    ratio = "{low: 1, high: 16, log: true}"
+    keys = f"{{method.rslora: [false, true], train.lora_plus_ratio: {ratio}}}"
+    found = study(tmp_path, f"{{space: {{rows: {{lora: {keys}}}}}}}")
+    spaces = {series.label: [each.key for each in series.space] for series in series_of(found)}
+    own = ["method.rslora", "train.lora_plus_ratio"]
+    assert spaces["lora"] == [RATE, *own]
+    assert all(keys == [RATE] for label, keys in spaces.items() if label != "lora")
+    lora = next(series for series in series_of(found) if series.label == "lora")
+    tried = [first_point(lora.space, number) for number in range(6)]
+    assert {point["method.rslora"] for point in tried} == {False, True}
+    recipe = with_settings(lora.recipe, tried[1], 7)
+    assert recipe.method.rslora == tried[1]["method.rslora"]  # type: ignore[attr-defined]
+    assert recipe.train.lora_plus_ratio == tried[1]["train.lora_plus_ratio"]

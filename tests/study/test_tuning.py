@@ -20,14 +20,14 @@ from support.paths import REPO
 
 from sparsegrad_cli.errors import RecipeError, UsageError
 from sparsegrad_cli.io.atomic import write_json_atomic
-from sparsegrad_cli.recipe.load_recipe import digest
+from sparsegrad_cli.recipe.load_recipe import digest, with_settings
 from sparsegrad_cli.recipe.study import LoadedStudy, load_study, make_study
 from sparsegrad_cli.records.study import Trial
 from sparsegrad_cli.study.engines import LocalEngine
 from sparsegrad_cli.study.folder import StudyFolder, study_digest
 from sparsegrad_cli.study.optuna_trials import Pruner, TrialStore, best_trial, ended_trial, propose
 from sparsegrad_cli.study.runs import Runs
-from sparsegrad_cli.study.search_space import RATE, series_of, with_settings
+from sparsegrad_cli.study.search_space import RATE, series_of
 from sparsegrad_cli.study.trial import StepLog, TrialRunner
 from sparsegrad_cli.study.tuning import Tuning
 

@@ -16,7 +16,7 @@ from sparsegrad_cli.estimate.fake_run import Kernels, kernels_of_training
 from sparsegrad_cli.memory.frozen_gc import frozen_gc
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.budget import Budget
-from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain
+from sparsegrad_cli.recipe.load_recipe import LoadedRecipe, to_plain, with_settings
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.yaml_source import COMMAND_LINE
 from sparsegrad_cli.records.study import BudgetBlock, BudgetRow, LargerSize
@@ -24,7 +24,6 @@ from sparsegrad_cli.report.units import format_amount
 from sparsegrad_cli.study.budget.counting import Counting
 from sparsegrad_cli.study.budget.solve import SETTABLE, Pick, UnreachableError, settings_of, solve
 from sparsegrad_cli.study.evidence import MEASURED, TOLERANCE
-from sparsegrad_cli.study.search_space import with_settings
 
 # Recipes that differ only in these keys share one solution.
 _NO_MATTER = ("seed", "output_dir")
