@@ -1,13 +1,16 @@
 r"""Level and power of tests over seeds and examples, by simulation (docs/explanation/protocol.md).
 
+python -m benchmarks.protocol data --glue GLUE --out DATA
 python -m benchmarks.protocol pilot STUDY --out docs/results/protocol_pilot.json
 python -m benchmarks.protocol simulate --pilot docs/results/protocol_pilot.json \
     --out docs/results/protocol_power.json
 
-``pilot`` reads test.csv of the runs of a finished comparison, and measures for each task how far
-runs of one method agree with each other, and with those of another method. ``simulate`` draws
-studies of two methods that agree as much, and counts how often each test finds a difference where
-there is none (level), and where there is one of some points (power).
+``data`` makes the folder that the studies read: CoLA, RTE and SST-2 as they are, and QNLI divided
+from its development set, since its training set is not at hand. ``pilot`` reads test.csv of the
+runs of a finished comparison, and measures for each task how far runs of one method agree with each
+other, and with those of another method. ``simulate`` draws studies of two methods that agree as
+much, and counts how often each test finds a difference where there is none (level), and where there
+is one of some points (power).
 
 A simulated answer is right if its latent quality is above zero. The quality is the sum of
 independent normal parts: the row (shared by all runs), the row under the method, the run, and a
@@ -22,6 +25,7 @@ import argparse
 import itertools
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +46,32 @@ from sparsegrad_cli.study.statistics import LEVEL, sign_flip_p, student
 _Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
 DRAWS = 1000  # of the bootstrap
+
+
+# --- the data
+
+_WHOLE = ("CoLA", "RTE", "SST-2")
+_QNLI_TEST = (
+    1000  # rows of QNLI's development set that are for the test; the others are for training
+)
+
+
+def make_data(glue: Path, out: Path) -> None:
+    """Link the tasks that are used whole, and divide QNLI's development set at random."""
+    for name in _WHOLE:
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for split in ("train.tsv", "dev.tsv"):
+            link = out / name / split
+            link.unlink(missing_ok=True)
+            link.symlink_to((glue / name / split).resolve())
+    header, *rows = (glue / "QNLI" / "dev.tsv").read_text(encoding="utf-8").splitlines()
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    test, train = sorted(order[:_QNLI_TEST]), sorted(order[_QNLI_TEST:])
+    (out / "QNLI").mkdir(exist_ok=True)
+    for split, chosen in (("train.tsv", train), ("dev.tsv", test)):
+        lines = [header, *(rows[row] for row in chosen)]
+        (out / "QNLI" / split).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"QNLI: {len(train)} rows to train on, {len(test)} for the test")
 
 
 # --- the pilot
@@ -388,6 +418,9 @@ def main() -> None:
     """Parse the arguments, run a part and save the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
+    data = parts.add_parser("data")
+    data.add_argument("--glue", type=Path, required=True, help="folder of the original files")
+    data.add_argument("--out", type=Path, required=True)
     pilot = parts.add_parser("pilot")
     pilot.add_argument("study", type=Path, help="folder of a finished comparison with task.holdout")
     power = parts.add_parser("simulate")
@@ -404,7 +437,9 @@ def main() -> None:
     for each in (pilot, power):
         each.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.part == "pilot":
+    if options.part == "data":
+        make_data(options.glue, options.out)
+    elif options.part == "pilot":
         save(
             options.out, "protocol_pilot", {"tasks": [asdict(t) for t in read_pilot(options.study)]}
         )
