@@ -59,7 +59,7 @@ def calibrate(
     density: float | None = None,
     basis_per: Literal["layer", "kind"] = "layer",
     source: Literal["batch", "token", "token_gradient"] = "token",
-    score: Literal["spectral", "gradient", "square", "token_square"] = "spectral",
+    score: Literal["spectral", "mean", "gradient", "square", "token_square"] = "spectral",
     warmup_steps: int = 50,
     seed: int = 0,
 ) -> BasisFile:

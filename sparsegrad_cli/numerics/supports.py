@@ -1,13 +1,14 @@
 """Score the entries of a core, and choose the best: exact counts, whatever the ties and the signs.
 
 A core gradient is C = Q_out' G Q_in = (g Q_out)' (x Q_in); with h = g Q_out (N, r_out) and
-u = x Q_in (N, r_in) it is a sum over tokens of h_n' u_n. Three scores, each a mean over steps:
+u = x Q_in (N, r_in) it is a sum over tokens of h_n' u_n. Four scores, each a mean over steps:
 
+``mean``          |mean of C|            the gradient of all steps together, noise cancelled
 ``gradient``      |C|                    the criterion of a single step
 ``square``        C^2                    the diagonal of the empirical Fisher, by batch
 ``token_square``  (h^2)' (u^2)           the same by token: no two tokens cancel
 
-The fourth, ``spectral``, needs no pass over the data (:func:`spectral_scores`).
+The fifth, ``spectral``, needs no pass over the data (:func:`spectral_scores`).
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ class ScoreStream:
 
     Args:
         basis: truncated to the core's rank.
-        score: ``gradient``, ``square`` or ``token_square``.
+        score: ``mean``, ``gradient``, ``square`` or ``token_square``.
     """
 
     def __init__(self, basis: Basis, score: str) -> None:
-        if score not in ("gradient", "square", "token_square"):
+        if score not in ("mean", "gradient", "square", "token_square"):
             raise ValueError(f"unknown score {score!r}")
         self.basis, self.score = basis, score
         self.total = basis.q_out.new_zeros(basis.q_out.shape[1], basis.q_in.shape[1])
@@ -114,14 +115,17 @@ class ScoreStream:
 
     def end_step(self) -> None:
         """End a step: a layer that is used more than once has one gradient."""
-        step = self._step.square_() if self.score == "square" else self._step.abs_()
-        self.total += step
+        if self.score == "square":
+            self._step.square_()
+        elif self.score != "mean":
+            self._step.abs_()
+        self.total += self._step
         self._step.zero_()
         self.count += 1
 
     def mean(self) -> Tensor:
-        """Return the mean over the steps, (r_out, r_in)."""
-        return self.total / self.count.clamp_min(1)
+        """Return the mean over the steps, (r_out, r_in), not negative."""
+        return (self.total / self.count.clamp_min(1)).abs_()
 
     def sums(self) -> list[Tensor]:
         """Return the sums over the stream, which are added up over processes."""

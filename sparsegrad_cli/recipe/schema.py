@@ -135,10 +135,11 @@ class CalibrationSection(Section):
         "by default)",
     )
     power_steps: NonNegativeInt = Field(0, description="randomized: passes beyond the first")
-    score: Literal["spectral", "gradient", "square", "token_square"] = Field(
+    score: Literal["spectral", "mean", "gradient", "square", "token_square"] = Field(
         "spectral",
         description="how a static support is selected: by the two spectra, or by a second pass for "
-        "the mean of |core gradient|, of its square, or of its square for each token",
+        "|mean core gradient|, the mean of its magnitude, of its square, or of its square for each "
+        "token",
     )
     warmup_steps: NonNegativeInt = Field(
         0,

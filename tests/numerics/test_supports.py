@@ -173,6 +173,7 @@ def test_gradient_is_the_mean_magnitude_of_the_core_gradient(pieces: int) -> Non
     cores = torch.stack([to_core(g.T @ x, basis()) for g, x in tokens()])
     torch.testing.assert_close(streamed("gradient", pieces), cores.abs().mean(0))
     torch.testing.assert_close(streamed("square", pieces), cores.square().mean(0))
+    torch.testing.assert_close(streamed("mean", pieces), cores.mean(0).abs())
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
