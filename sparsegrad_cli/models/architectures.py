@@ -10,12 +10,13 @@ from typing import Any
 
 from sparsegrad_cli.errors import DownloadError
 from sparsegrad_cli.io.paths import is_folder
-from sparsegrad_cli.models import smollm2
+from sparsegrad_cli.models import mpnet, smollm2
 from sparsegrad_cli.models.pretrained import load_configuration, locate
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _ROBERTA = {"type_vocab_size": 1, "max_position_embeddings": 514, "vocab_size": 50265}
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_MPNET = {"max_position_embeddings": 514, "layer_norm_eps": 1e-5}
 
 _SMOLLM2 = {
     "vocab_size": 49152,
@@ -42,6 +43,9 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 4096,
         },
     ),
+    mpnet.NAME: ("mpnet", _MPNET),
+    "microsoft/mpnet-base": ("mpnet", _MPNET),
+    "sentence-transformers/all-mpnet-base-v2": ("mpnet", _MPNET),
     smollm2.NAME: ("llama", _SMOLLM2),
     "HuggingFaceTB/SmolLM2-135M": ("llama", _SMOLLM2),
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", _SMOLLM2),

