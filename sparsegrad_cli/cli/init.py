@@ -18,7 +18,7 @@ from rich.text import Text
 from sparsegrad_cli.cli.arguments import Debug, Json
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.paths import exists, expanded
-from sparsegrad_cli.io.suggest import listed
+from sparsegrad_cli.io.suggest import separable
 from sparsegrad_cli.io.untrusted_text import printable_line
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparsegrad_cli.starter.inspect_data import FoundData
     from sparsegrad_cli.starter.write_recipe import Starter
 
-_EXAMPLE = 40  # Characters of a value on the screen.
+_EXAMPLE, _CLASSES = 40, 10  # Characters of a value, and classes, on the screen.
 
 Data = Annotated[
     Path,
@@ -121,6 +121,7 @@ def _summary(found: FoundData) -> dict[str, object]:
         "label": found.label,
         "labels": found.labels,
         "multilabel": found.multilabel,
+        "label_separator": found.label_separator,
         "classes": found.classes,
         "scores": found.scores,
         "notes": found.notes,
@@ -129,7 +130,7 @@ def _summary(found: FoundData) -> dict[str, object]:
 
 def _show(found: FoundData, plan: Starter, target: Path) -> None:
     console = Console(highlight=False)
-    rows = f"{found.rows:,} rows"
+    rows = f"{found.rows:,} row{'s' if found.rows != 1 else ''}"
     rows += f", and {found.validation_rows:,} for validation" if found.validation_rows else ""
     console.print(Text(f"{found.path}: {_kind(found)}, {rows}", style="bold"))
     if found.columns:
@@ -173,9 +174,10 @@ def _column_table(found: FoundData) -> Table:
 def _facts(found: FoundData, plan: Starter) -> list[tuple[str, str]]:
     facts = []
     if found.classes:
-        counts = [f"{name} {count:,}" for name, count in found.classes.items()]
+        counts = [f"{separable(name)} {count:,}" for name, count in found.classes.items()]
+        more = f" and {len(counts) - _CLASSES:,} more" if len(counts) > _CLASSES else ""
         name = "labels" if found.multilabel else "classes"
-        facts.append((name, f"{listed(counts, 10)} in the rows to train on"))
+        facts.append((name, f"{', '.join(counts[:_CLASSES])}{more} in the rows to train on"))
     if found.scores:
         facts.append(("scores", f"from {found.scores[0]:g} to {found.scores[1]:g}"))
     if plan.longest is not None:

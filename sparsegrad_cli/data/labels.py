@@ -97,7 +97,8 @@ class _LabelColumn:
                     raise DataError(
                         f"the label in column {column!r} is {error}",
                         where=table.place(row),
-                        fix="correct the label or remove the row",
+                        fix="correct the label or remove the row; task.type: multilabel if a row "
+                        "may have several labels, or none",
                     ) from None
                 if self.declared is not None and names is None:
                     self._refuse_id_or_name(text, table, row)

@@ -14,9 +14,17 @@ def suggest(given: str, choices: Sequence[str], most: int = 20) -> str:
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:
-    """Return the first ``most`` names for a message, and the number of the others."""
+    """Return the first ``most`` names for a message, and the number of the others.
+
+    A name with a comma, or without a letter that shows, is quoted.
+    """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(separable, names[:most])) + more
+
+
+def separable(name: str) -> str:
+    """Return a name as it is, or quoted where a list of names would not show its ends."""
+    return repr(name) if "," in name or name != name.strip() or not name else name
 
 
 def did_you_mean(given: str, choices: Sequence[str]) -> str | None:

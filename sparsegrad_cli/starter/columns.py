@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from sparsegrad_cli.data.label_lists import has_label, label_list
-from sparsegrad_cli.data.label_texts import LabelValueError, is_number, label_text
+from sparsegrad_cli.data.label_texts import LabelValueError, is_integer, is_number, label_text
 from sparsegrad_cli.data.tables import Table
 
 _SAMPLE = 2000  # Rows that a column is judged by.
@@ -44,8 +44,8 @@ class ColumnFacts:
     Attributes:
         name: its name.
         kind: ``text``, ``label``, ``labels`` (a list of labels in every row), ``number``, ``id``,
-            ``date``, ``list`` (of anything else), ``words`` (short texts of many values),
-            ``mixed`` or ``empty``.
+            ``date``, ``list`` (of anything else), ``object`` (with fields of its own), ``words``
+            (short texts of many values), ``mixed`` or ``empty``.
         distinct: number of its values, or of its labels.
         words: mean number of words of its texts.
         flags: whether it holds nothing but 0 and 1, or true and false.
@@ -69,16 +69,24 @@ class ColumnFacts:
         """Whether its name is a usual one for the label."""
         return self.name.lower() in _LABEL_NAMES
 
+    @property
+    def plain(self) -> bool:
+        """Whether its cells are single values, which may be texts or labels."""
+        return self.kind not in ("labels", "list", "object", "mixed", "empty")
+
     def described(self) -> str:
         """Return what it holds, for a table on the screen."""
+        values = "1 value" if self.distinct == 1 else f"{self.distinct} values"
+        flags = "true and false" if self.example.lower() in ("true", "false") else "0 and 1"
         return {
             "text": f"text, {self.words:.0f} words on average",
-            "label": "0 and 1" if self.flags else f"{self.distinct} values",
+            "label": flags if self.flags and self.distinct == 2 else values,
             "number": f"numbers, {self.distinct:,} values",
             "id": "a different value in every row",
             "date": "dates",
-            "labels": f"lists of {self.distinct} labels",
+            "labels": f"lists, {self.distinct} label{'s' if self.distinct > 1 else ''} in all",
             "list": "lists",
+            "object": "objects with fields",
             "words": f"short texts, {self.distinct:,} values",
             "mixed": "values of several types",
             "empty": "empty",
@@ -95,6 +103,8 @@ def _describe(name: str, values: Sequence[Any]) -> ColumnFacts:
     if not given:
         return ColumnFacts(name, "empty", 0, 0.0, "")
     example = str(given[0])
+    if all(isinstance(value, dict) for value in given):
+        return ColumnFacts(name, "object", len(given), 0.0, example)
     if all(isinstance(value, list | dict) or _in_brackets(value) for value in given):
         labels = _labels_in(given)
         kind, distinct = ("labels", len(labels)) if labels else ("list", len(given))
@@ -121,6 +131,8 @@ def _labels_in(values: Sequence[Any]) -> set[str]:
         found = {label for value in values for label in label_list(value, None)}
     except LabelValueError:
         return set()
+    if any(is_number(label) and not is_integer(label) for label in found):
+        return set()  # Lists of measured numbers, such as an embedding.
     return found if len(found) <= max(_MOST_CLASSES, len(values) // 3) else set()
 
 

@@ -43,12 +43,13 @@ class FoundData:
     Attributes:
         path: the file or folder.
         task: name of the task in a recipe: ``csv``, ``json``, ``parquet`` or ``chat``.
-        rows: training rows, before a validation part is split off.
+        rows: rows of the files to train on, before a validation part is split off.
         validation_rows: rows of the files' own validation part; 0 if there is none.
         columns: all columns.
         text, text_pair, label: the columns that were chosen; None for conversations.
         labels: columns of 0 and 1, one for each of several labels a row, in place of ``label``.
         multilabel: whether a row may have several labels.
+        label_separator: text between several labels in a cell; None if cells are lists or flags.
         classes: class -> training rows, the most frequent first; empty for scores.
         scores: (lowest, highest) of scores.
         sample: texts of the first rows, whose tokens are counted.
@@ -65,6 +66,7 @@ class FoundData:
     label: str | None = None
     labels: list[str] = field(default_factory=list)
     multilabel: bool = False
+    label_separator: str | None = None
     classes: dict[str, int] = field(default_factory=dict)
     scores: tuple[float, float] | None = None
     sample: list[tuple[str, ...]] = field(default_factory=list)
@@ -120,12 +122,16 @@ def inspect_data(path: Path, choices: Choices, ask: Ask = None) -> FoundData:
     notes = [*files.notes, *train.notes]
     if _is_chat(train):
         chat = load_chat(TaskSection(name="chat", path=str(path)))
-        rows = len(chat.validation) if validation is not None else 0
-        return FoundData(path, "chat", len(chat.train), rows, notes=list(chat.notes))
+        own = validation is not None
+        rows = len(chat.train) if own else len(chat.train) + len(chat.validation)
+        held_out = len(chat.validation) if own else 0
+        return FoundData(path, "chat", rows, held_out, notes=list(chat.notes))
     found = FoundData(path, _task_of(files.train[0]), len(train), notes=notes)
     found.validation_rows = len(validation) if validation else 0
     found.columns = describe_columns(train)
     _choose(found, choices, ask)
+    if found.label is not None:
+        _find_separator(found, train.columns[found.label])
     _read_labels(found)
     return found
 
@@ -170,24 +176,25 @@ def _choose(found: FoundData, choices: Choices, ask: Ask) -> None:
             f"{listed(found.labels, 10)}; --label-column NAME takes one column alone"
         )
     else:
-        found.label = choices.label or _one_of(found, "label", label_candidates(free), ask)
+        found.label = choices.label or _one_of(found, "label", free, ask)
     free = [c for c in found.columns if c.name not in (found.label, *found.labels)]
     pair = pair_in(free)
     if choices.text is None and choices.text_pair is None and pair is not None:
         found.text, found.text_pair = pair
         return
-    found.text = choices.text or _one_of(found, "text", text_candidates(free), ask)
+    found.text = choices.text or _one_of(found, "text", free, ask)
     found.text_pair = choices.text_pair
 
 
-def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask) -> str:
-    """Return the likeliest column; ask, or leave a note, where another fits as well."""
+def _one_of(found: FoundData, what: str, free: list[ColumnFacts], ask: Ask) -> str:
+    """Return the likeliest free column; ask, or leave a note, where another fits as well."""
     option = f"--{what}-column"
+    candidates = label_candidates(free) if what == "label" else text_candidates(free)
     if not candidates:
         raise UsageError(
             f"found no column for the {what} in {found.path}",
             where="command line",
-            fix=f"name it: {option} NAME; columns: {listed([c.name for c in found.columns])}",
+            fix=_no_column_fix(option, free),
         )
     named = [c for c in candidates if (c.named_label if what == "label" else c.named_text)]
     if len(named) == 1 or len(candidates) == 1:
@@ -198,6 +205,37 @@ def _one_of(found: FoundData, what: str, candidates: list[ColumnFacts], ask: Ask
     others = listed([column.name for column in rivals[1:]])
     found.notes.append(f"{rivals[0].name} is taken as the {what}; {option} chooses {others}")
     return rivals[0].name
+
+
+def _no_column_fix(option: str, free: list[ColumnFacts]) -> str:
+    """Return what to do if no column fits: name one whose cells could, or unpack those of JSON."""
+    plain = [column.name for column in free if column.plain]
+    nested = [column.name for column in free if column.kind == "object"]
+    parts = [f"name it: {option} NAME; columns: {listed(plain)}"] if plain else []
+    if nested:
+        holds = "holds" if len(nested) == 1 else "hold"
+        advice = "write the field that is meant as a column of its own"
+        parts.append(f"{listed(nested)} {holds} objects: {advice}")
+    return "; ".join(parts) or "add a column of texts, and one of labels"
+
+
+def _find_separator(found: FoundData, values: Sequence[Any]) -> None:
+    """Read cells as several labels each if some are empty, and others divide into the same parts.
+
+    Without an empty cell they may as well be classes with long names, and a note will do.
+    """
+    texts = [value.strip() for value in values if isinstance(value, str)]
+    empty = len(values) - sum(map(bool, texts))
+    if not empty or not texts:
+        return
+    found.label_separator = _separator_in(sorted(set(filter(None, texts))))
+    if found.label_separator is not None:
+        example = next(text for text in texts if found.label_separator in text)
+        found.notes.append(
+            f"{example!r:.60} is read as several labels, and an empty cell ({empty:,} of "
+            f"{len(values):,}) as none (task.type: multilabel, task.label_separator: "
+            f"{found.label_separator!r})"
+        )
 
 
 def _separator_in(names: Sequence[str]) -> str | None:
@@ -212,7 +250,8 @@ def _separator_in(names: Sequence[str]) -> str | None:
 def _read_labels(found: FoundData) -> None:
     """Read texts and labels as training will, and describe them."""
     kinds = {column.name: column.kind for column in found.columns}
-    found.multilabel = bool(found.labels) or kinds.get(str(found.label)) == "labels"
+    lists = kinds.get(str(found.label)) == "labels"
+    found.multilabel = bool(found.labels or found.label_separator) or lists
     columns = ColumnsSection(
         text=found.text,
         text_pair=found.text_pair,
@@ -224,6 +263,7 @@ def _read_labels(found: FoundData) -> None:
         path=str(found.path),
         columns=columns,
         type="multilabel" if found.multilabel else None,
+        label_separator=found.label_separator,
     )
     raw = load_labelled_files(task)
     known = [*found.notes]

@@ -99,6 +99,7 @@ def recipe_text(found: FoundData, plan: Starter, relative_to: Path) -> str:
         f"  path: {_quoted(_relative(found.path, relative_to))}",
         *_column_lines(found),
         *(["  type: multilabel  # a row may have several labels, or none"] * found.multilabel),
+        *_separator_lines(found),
         f"  max_length: {plan.max_length}  # {_length_words(plan)}",
         *([f"  metric: {plan.metric}  # {_metric_words(found)}"] if plan.metric else []),
         *([] if found.validation_rows else _validation_lines()),
@@ -127,9 +128,15 @@ def _column_lines(found: FoundData) -> list[str]:
     return [f"  columns: {{{named}}}"]
 
 
+def _separator_lines(found: FoundData) -> list[str]:
+    mark = found.label_separator
+    return [f"  label_separator: {_quoted(mark)}  # between the labels of a cell"] if mark else []
+
+
 def _weight_lines(found: FoundData) -> list[str]:
     (most, rows), (least, few) = (list(found.classes.items())[at] for at in (0, -1))
-    words = f"{few:,} rows are {_quoted(least)}, {rows:,} {_quoted(most)}"
+    count = "1 row is" if few == 1 else f"{few:,} rows are"
+    words = f"{count} {_quoted(least)}, {rows:,} {_quoted(most)}"
     return [f"  # class_weights: balanced  # {words}: makes rare ones count as much"]
 
 

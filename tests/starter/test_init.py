@@ -227,3 +227,55 @@ def test_labels_with_a_separator_are_noted(cli: Cli, tmp_path: Path) -> None:
     assert any(each.startswith(note) for each in found["notes"])
     other = json.loads(cli("init", "one.csv", "--json").out)
     assert not any("may be several" in each for each in other["notes"])
+
+
+def test_cells_of_several_labels_may_be_empty(cli: Cli, tmp_path: Path) -> None:
+    """A row without a class would be an error; one of several labels may have none of them."""
+    draw = random.Random(1)
+    rows = [(text(draw), draw.choice(["a", "b", "a;b", "b;a", ""])) for _ in range(60)]
+    write(tmp_path / "several.csv", ["text", "label"], rows)
+    ended = cli("init", "several.csv", "--yes")
+    empty = sum(label == "" for _, label in rows)
+    said = " ".join(ended.out.split())
+    assert f"is read as several labels, and an empty cell ({empty} of 60) as none" in said
+    assert "(task.type: multilabel, task.label_separator: ';')" in said
+    recipe = load_recipe(tmp_path / "several.yaml").recipe
+    assert (recipe.task.type, recipe.task.label_separator) == ("multilabel", ";")
+    assert cli("validate", "several.yaml").code == 0
+    classes = [(words, label.replace(";", "")) for words, label in rows]
+    write(tmp_path / "one.csv", ["text", "label"], classes)
+    refused = cli("init", "one.csv", "--yes")
+    assert refused.code == 2 and "task.type: multilabel if a row may have several" in refused.flat
+
+
+def test_objects_are_not_suggested_as_the_text(cli: Cli, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    rows = [{"doc": {"text": text(draw)}, "label": "ab"[i % 2]} for i in range(60)]
+    lines(tmp_path / "nested.jsonl", rows)
+    ended = cli("init", "nested.jsonl", "--yes")
+    assert ended.code == 2 and "doc holds objects: write the field that is meant as" in ended.flat
+    assert "--text-column" not in ended.flat
+    named = cli("init", "nested.jsonl", "--text-column", "doc")
+    assert named.code == 2 and "holds an object with fields, expected text" in named.flat
+    assert "write the text of a row as a column of its own" in named.flat
+
+
+def test_counts_and_columns_are_described_as_they_are(cli: Cli, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    rows = [
+        {"text": text(draw), "label": i % 2 == 0, "vector": [0.5, 0.25], "a, b": text(draw)}
+        for i in range(60)
+    ]
+    lines(tmp_path / "flags.jsonl", rows)
+    shown = cli("init", "flags.jsonl", "--yes").out
+    assert "true and false" in shown and "0 and 1" not in shown and "labels" not in shown
+    assert "lists " in shown
+    wrong = cli("init", "flags.jsonl", "--label-column", "x", "-o", "x.yaml")
+    assert "one of text, label, vector, 'a, b'" in wrong.flat
+    messages(draw, tmp_path / "chat.jsonl")
+    chat = " ".join(cli("init", "chat.jsonl").out.split())
+    assert "conversations, 40 rows" in chat and " of 40 opening prompts validate" in chat
+    rows = [{"text": text(draw), "label": "often" if i else "rare"} for i in range(60)]
+    lines(tmp_path / "rare.jsonl", rows)
+    cli("init", "rare.jsonl", "--yes")
+    assert "1 row is rare, 53 often" in (tmp_path / "rare.yaml").read_text()
