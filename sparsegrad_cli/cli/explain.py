@@ -133,6 +133,7 @@ def _environment() -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
+    threads = torch.get_num_threads()
     gpus = {
         f"cuda:{number}": f"{torch.cuda.get_device_name(number)}, "
         f"{torch.cuda.get_device_properties(number).total_memory / 2**30:.1f} GiB"
@@ -141,7 +142,7 @@ def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": f"{cpu_model()}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "gpus": gpus or "none",
         "cuda": torch.version.cuda,

@@ -322,7 +322,8 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     not a boolean.
 
     Raises:
-        ComposerError: The limits are exceeded, an alias contains itself, or a key is not text.
+        ComposerError: The limits are exceeded, an alias contains itself, a key is not text, or a
+            colon lacks its space.
     """
     if id(node) in known:
         found = known[id(node)]
@@ -339,6 +340,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
                 raise _fault(ComposerError, "a key must be text, not a list or mapping", key)
             if key.tag != f"{_TAG}merge":
                 key.tag = f"{_TAG}str"
+            _check_colon(key, child)
             _keep_text(key.value, child)
         more, below = _measure(child, known)
         nodes, depth = nodes + more, max(depth, below + 1)
@@ -347,6 +349,19 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
             raise _fault(ComposerError, what, child)
     known[id(node)] = nodes, depth
     return nodes, depth
+
+
+def _check_colon(key: yaml.ScalarNode, value: yaml.Node) -> None:
+    """Refuse ``{a:3}``, which YAML reads as the key ``a:3`` without a value.
+
+    Raises:
+        ComposerError: There is a colon in an unquoted key that has no colon behind it.
+    """
+    alone = key.style is None and value.start_mark.index == key.end_mark.index
+    if alone and ":" in key.value:
+        name, _, rest = key.value.partition(":")
+        what = f"{shorten(key.value)} lacks a space after the colon; write {name}: {rest}"
+        raise _fault(ComposerError, clip(what), key)
 
 
 def _keep_text(key: str | None, value: yaml.Node) -> None:

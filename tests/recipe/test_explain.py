@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from support.cli_runs import Cli
@@ -74,7 +75,9 @@ def test_command(cli: Cli) -> None:
 def test_env(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     ended = cli("env")
+    assert ", 1 thread\n" in re.sub(" +\n", "\n", ended.out)
     assert (ended.code, "hf_secret" in ended.out) == (0, False)
     found = json.loads(cli("env", "--json").out)
     assert found["packages"]["torch"] in ended.out

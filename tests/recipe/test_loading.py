@@ -243,6 +243,8 @@ def test_a_key_that_the_method_lacks_is_reported_where_it_was_written(
 def test_overrides_without_equals_or_with_bad_yaml_are_refused(tmp_path: Path) -> None:
     assert "not an override" in next(iter(problems_of(None, "seed").values()))
     assert "not valid YAML" in next(iter(problems_of(None, "seed=[1").values()))
+    found = problems_of(None, "train.class_weights={neutral:3}")["train.class_weights"]
+    assert "'neutral:3' lacks a space after the colon; write neutral: 3" in found
     broken = write(tmp_path, "b.yaml", "train:\n  a: [1\nseed: 1\n")
     text = next(iter(problems_of(broken).values()))
     assert "b.yaml:" in text and "not valid YAML" in text

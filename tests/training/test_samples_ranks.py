@@ -47,6 +47,7 @@ def samples(run: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return [evaluation["samples"] for evaluation in run["metrics"]["history"]]
 
 
+@pytest.mark.slow  # Seven trainings, half of them in two processes that share the weights.
 def test_two_processes_answer_as_one_does(
     tmp_path: Path, warm_client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,8 +96,9 @@ class SparsegradCore(Method):
         dense = self.settings.support == "dense"
         requested = None if dense else sum(self.settings.requested(targets).values())
         shapes = {layer.core_shape(_ADAPTER) for layer in self._layers.values()}
-        ranks = sorted("x".join(map(str, shape)) for shape in shapes)
-        return Adapted(counts, requested, f"core {', '.join(ranks)}", fitted)
+        sides = " or ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
+        note = f"each target module trains inside a core of {sides} (method.rank)"
+        return Adapted(counts, requested, note, fitted)
 
     def _config(self, plans: Mapping[str, CorePlan]) -> SparseGradConfig:
         """Return the configuration by which a PEFT user gets these cores."""
