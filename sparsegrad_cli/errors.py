@@ -1,6 +1,6 @@
 """Define the errors that a user can act on: what is wrong, where, what to do. No imports.
 
-Exit codes (docs: README, "Exit codes"): 0 done, 1 failed, 2 usage or recipe, 3 out of memory,
+Exit codes: 0 done, 1 failed, 2 wrong command line, recipe or data, 3 out of memory,
 130 interrupted.
 """
 
@@ -54,6 +54,7 @@ class SparsegradError(Exception):
 class DataError(SparsegradError):
     """A data file or data set cannot be used as it is."""
 
+    exit_code = 2
     title = "Data"
 
 

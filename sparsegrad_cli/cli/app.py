@@ -33,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune transformers by training about 1 % of the MLP weights, and compare methods.",
-    epilog="Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 out of memory, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong command line, recipe or data, 3 out of memory, "
+    "130 interrupted.",
 )
 app.command("init")(init_command.init)
 app.command("train")(run_commands.train)

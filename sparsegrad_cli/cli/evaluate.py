@@ -48,7 +48,7 @@ LabelSeparator = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a batch.")]
 Worst = Annotated[int, typer.Option("--worst", min=0, help="Number of wrong examples to keep.")]
 Resamples = Annotated[
-    int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 gives no intervals.")
+    int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0 gives no intervals at all.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Random seed of the bootstrap.")]
 
@@ -73,7 +73,7 @@ def evaluate(
 ) -> None:
     """Measure a trained classifier on a file of texts with labels.
 
-    Shows all metrics with bootstrap intervals, the confusion matrix (of several labels a row, a
+    Shows all metrics with 95 % intervals, the confusion matrix (of several labels a row, a
     table of the labels), and the most wrong examples.
 
     [bold]sparsegrad evaluate runs/reviews test.csv -o reports/test[/bold]

@@ -124,7 +124,7 @@ def predict(
         )
         _check_source(job, answers=source.answers)
         summary = answer(job, source) if source.answers else label(job)
-    if summary is not None and not quiet and (file is not None or summary.cut):
+    if summary is not None and not quiet and (file is not None or summary.cut or summary.empty):
         text = _sentence(summary, output, answers=source.answers)
         Console(stderr=True, highlight=False).print(text, markup=False)
 
@@ -169,6 +169,12 @@ def _check_inputs(
         from sparsegrad_cli.predict.output import check_format
 
         check_format(output)
+        if file is not None and is_file(output) and output.samefile(file):
+            raise UsageError(
+                f"{output} is the input file, which the output would replace",
+                where="--output",
+                fix="name another file",
+            )
 
 
 def _check_glue(
@@ -212,11 +218,15 @@ def _file_of(given: list[str]) -> Path | None:
 
 def _sentence(summary: Summary, output: Path | None, *, answers: bool) -> str:
     """Return such as ``1,000 rows labelled (positive 612, negative 388), written to out.csv.``."""
+    from sparsegrad_cli.predict.predict_rows import empty_words
+
     written = f", written to {output}" if output is not None else ""
     rows = f"{summary.rows:,} row{'s' if summary.rows != 1 else ''}"
+    empty = f" {empty_words(summary.empty)}." if summary.empty else ""
+    one = summary.cut == 1
     if answers:
-        cut = f" {summary.cut:,} answers were cut at --max-new-tokens." if summary.cut else ""
-        return f"{rows} answered{written}.{cut}"
+        cut = f" {summary.cut:,} {'answer was' if one else 'answers were'} cut at --max-new-tokens."
+        return f"{rows} answered{written}.{empty}{cut if summary.cut else ''}"
     counts = ", ".join(
         f"{printable_line(name)} {count:,}" for name, count in summary.labels.most_common(10)
     )
@@ -224,7 +234,8 @@ def _sentence(summary: Summary, output: Path | None, *, answers: bool) -> str:
         counts += f"{', ' if counts else ''}none {summary.unlabelled:,}"
     if not counts and summary.rows:
         counts = f"scores from {summary.lowest:.4g} to {summary.highest:.4g}"
-    text = f"{rows} labelled ({counts}){written}."
+    text = f"{rows} labelled ({counts}){written}.{empty}"
     if summary.cut:
-        text += f" {summary.cut:,} were longer than the model reads and were cut."
+        was = "was" if one else "were"
+        text += f" {summary.cut:,} {was} longer than the model reads and {was} cut."
     return text

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from sparsegrad_cli.data.text_files import decoded_lines
 from sparsegrad_cli.errors import UsageError
 from sparsegrad_cli.io.untrusted_text import printable_line, printable_text
 from sparsegrad_cli.progress import Observer
@@ -220,8 +221,8 @@ def _chunks(given: list[str], columns: list[str]) -> Iterator[list[Row]]:
     from sparsegrad_cli.predict.row_stream import Row
 
     if given == ["-"]:
-        for number, line in enumerate(sys.stdin, start=1):
-            texts = line.rstrip("\r\n").split("\t") if len(columns) > 1 else [line.rstrip("\r\n")]
+        for number, line in _without_blank_end(decoded_lines(sys.stdin.buffer, "standard input")):
+            texts = line.split("\t") if len(columns) > 1 else [line]
             if len(texts) != len(columns):
                 raise UsageError(
                     f"line {number}: expected two texts with a tab between them, got {len(texts)}",
@@ -241,6 +242,16 @@ def _chunks(given: list[str], columns: list[str]) -> Iterator[list[Row]]:
         Row(f"text {number}", dict(zip(columns, texts, strict=True)))
         for number, texts in enumerate(texts_of, start=1)
     ]
+
+
+def _without_blank_end(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines. Blank ones wait for a line with text: at the end they are no texts."""
+    blank = []
+    for number, line in lines:
+        blank.append((number, line))
+        if line.strip():
+            yield from blank
+            blank.clear()
 
 
 def _line(values: dict[str, Any], columns: list[str]) -> str:

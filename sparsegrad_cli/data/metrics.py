@@ -206,7 +206,7 @@ def _classification(
         for what, ids in (("predictions", predicted), ("references", true)):
             if (ids == ids[0]).all():
                 which = f"class {_named(spec, ids[0])}"
-                return 0.0, f"all {len(ids)} {what} are {which}: {name} is 0 by definition"
+                return 0.0, f"{_all(len(ids), what, which)}: {name} is 0 by definition"
         return float(metrics.matthews_corrcoef(true, predicted)), None
     classes = len(spec.label_names or ()) or int(max(predicted.max(), true.max(), 1)) + 1
     kind, _, average = name.partition("_")
@@ -228,6 +228,11 @@ def _classification(
     return float(value), f"{note} definition" if absent_here else None
 
 
+def _all(count: int, what: str, equal: str) -> str:
+    """Return why a metric is undefined: ``all 3 predictions are equal``."""
+    return "there is one row" if count == 1 else f"all {count} {what} are {equal}"
+
+
 def _named(spec: TaskSpec, label: int) -> str:
     """Return ``1 (acceptable)``, or the id alone if the classes have no names."""
     return f"{label} ({spec.label_names[label]})" if spec.label_names else str(label)
@@ -241,7 +246,7 @@ def _correlation(
     predicted, true = predictions.astype(np.float64), references.astype(np.float64)
     for what, numbers in (("predictions", predicted), ("references", true)):
         if _is_constant(numbers):
-            return 0.0, f"all {len(numbers)} {what} are equal: {name} is 0 by definition"
+            return 0.0, f"{_all(len(numbers), what, 'equal')}: {name} is 0 by definition"
     correlation = stats.pearsonr if name == "pearson" else stats.spearmanr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -138,6 +138,12 @@ def concatenated(tables: Sequence[Table]) -> Table:
     )
 
 
+def type_words(value: Any) -> str:
+    """Return what a cell holds in place of a text: ``an object with fields``, ``a list``."""
+    names = {dict: "an object with fields", int: "an integer", bytes: "bytes"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
 def read_text_cell(table: Table, column: str, row: int, *, blank: bool) -> str:
     """Return the text of a cell.
 
@@ -147,13 +153,20 @@ def read_text_cell(table: Table, column: str, row: int, *, blank: bool) -> str:
     Raises:
         DataError: the cell is empty, is not text, or is not valid Unicode.
     """
-    value = table.columns[column][row]
-    if value is None or (not blank and isinstance(value, str) and not value.strip()):
-        what = "is empty"
+
+    def is_missing(value: Any) -> bool:
+        return value is None or (not blank and isinstance(value, str) and not value.strip())
+
+    value, fix = table.columns[column][row], "correct or remove the row"
+    if is_missing(value):
+        more = sum(map(is_missing, table.columns[column])) - 1
+        what = f"is empty, as in {more:,} more row{'s' if more > 1 else ''}" if more else "is empty"
+        fix = "remove rows without a text, or fill in the text"
     elif not isinstance(value, str):
-        what = f"holds a {type(value).__name__}, expected text"
+        what = f"holds {type_words(value)}, expected text"
+        fix = "name a column of texts, or write the text of a row as a column of its own"
     elif not is_unicode(value):
         what = "holds half of a character (a lone surrogate)"
     else:
         return value
-    raise DataError(f"column {column!r} {what}", where=table.place(row))
+    raise DataError(f"column {column!r} {what}", where=table.place(row), fix=fix)

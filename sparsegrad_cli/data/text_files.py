@@ -12,7 +12,7 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,11 +30,12 @@ MAX_BYTES = 256 * 2**20
 MAX_RATIO = 200
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_CONVERT = "save it as UTF-8, or convert it: iconv -f {} -t UTF-8 OLD > NEW"
 # How files that are not text begin, and what to do with them.
 _NOT_TEXT = (
-    (codecs.BOM_UTF16_LE, "UTF-16", "save it as UTF-8"),
-    (codecs.BOM_UTF16_BE, "UTF-16", "save it as UTF-8"),
-    (codecs.BOM_UTF32_BE, "UTF-32", "save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16", _CONVERT.format("UTF-16")),
+    (codecs.BOM_UTF16_BE, "UTF-16", _CONVERT.format("UTF-16")),
+    (codecs.BOM_UTF32_BE, "UTF-32", _CONVERT.format("UTF-32")),
     (LFS_POINTER, "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (b"PAR1", "a Parquet file", "rename it to .parquet"),
     (b"ARROW1", "an Arrow file", "convert it to Parquet"),
@@ -76,8 +77,14 @@ def read_text(path: Path) -> str:
     """
     with open_decompressed(path) as file:
         data = _read(file)
-    _check_start(data[:512], path)
-    return _decode(data.removeprefix(codecs.BOM_UTF8), "the file", str(path))
+    _check_start(data[:512], str(path))
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        start = data.rfind(b"\n", 0, error.start) + 1
+        raise _not_utf8(data[start:], error.start - start, f"{path}:{line}") from None
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -89,13 +96,30 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         DataError: as :func:`read_text`; names the line.
     """
     with open_decompressed(path) as file:
-        lines = file if _max_bytes.get() is None else io.BytesIO(_read(file))
-        for number, data in enumerate(lines, start=1):
-            if number == 1:
-                _check_start(data[:512], path)
-                data = data.removeprefix(codecs.BOM_UTF8)
-            line = _decode(data, "the line", f"{path}:{number}")
-            yield number, line.removesuffix("\n").removesuffix("\r")
+        yield from decoded_lines(
+            file if _max_bytes.get() is None else io.BytesIO(_read(file)), str(path)
+        )
+
+
+def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, line without its end) of a binary stream, as :func:`text_lines` does.
+
+    Args:
+        lines: such as a binary file.
+        name: of the stream, for errors.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    for number, data in enumerate(lines, start=1):
+        if number == 1:
+            _check_start(data[:512], name)
+            data = data.removeprefix(codecs.BOM_UTF8)
+        try:
+            line = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(data, error.start, f"{name}:{number}") from None
+        yield number, line.removesuffix("\n").removesuffix("\r")
 
 
 def is_unicode(value: str) -> bool:
@@ -115,29 +139,27 @@ def _read(file: IO[bytes]) -> bytes:
     return data if len(data) < size else data[: data.rfind(b"\n") + 1]
 
 
-def _decode(data: bytes, what: str, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{what} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
-            where=where,
-            fix="save it as UTF-8",
-        ) from None
+def _not_utf8(line: bytes, offset: int, where: str) -> DataError:
+    """Return the error for a byte of a line."""
+    return DataError(
+        f"the text is not UTF-8: byte {line[offset]:#04x} at offset {offset} of the line",
+        where=where,
+        fix=f"{_CONVERT.format('WINDOWS-1252')}, if that is its encoding",
+    )
 
 
-def _check_start(start: bytes, path: Path) -> None:
+def _check_start(start: bytes, name: str) -> None:
     """Refuse a file that begins like another format than text."""
     for magic, what, fix in _NOT_TEXT:
         if start.startswith(magic):
-            raise DataError(f"expected UTF-8 text, found {what}", where=str(path), fix=fix)
+            raise DataError(f"expected UTF-8 text, found {what}", where=name, fix=fix)
     if start[257:262] == b"ustar":
-        raise DataError("expected text, found a tar archive", where=str(path), fix="unpack it")
+        raise DataError("expected text, found a tar archive", where=name, fix="unpack it")
     if start[:2].count(0) == 1:  # the first character of a UTF-16 file without a byte-order mark
         raise DataError(
             "expected UTF-8 text, found a NUL byte in its first character: is it UTF-16?",
-            where=str(path),
-            fix="save it as UTF-8",
+            where=name,
+            fix=_CONVERT.format("UTF-16"),
         )
 
 

@@ -298,7 +298,7 @@ def _score_note(content: CardContent) -> str:
         answer, score = content.task.baseline
         text += f" Always giving the {answer} scores {_four(score)} ({content.task.metric})."
     if content.evaluations:
-        text += " Intervals are percentiles of a bootstrap over rows."
+        text += " Intervals are Wilson's for shares of the rows, else of a bootstrap over rows."
     return text
 
 

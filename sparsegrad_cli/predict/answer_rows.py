@@ -9,7 +9,7 @@ from sparsegrad_cli.data.conversation import Turn
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.predict.output import PREDICTION, STOPPED
-from sparsegrad_cli.predict.predict_rows import Summary, cell_text
+from sparsegrad_cli.predict.predict_rows import Summary, texts_of
 from sparsegrad_cli.predict.row_stream import Row
 from sparsegrad_cli.tasks.answerer import Answerer
 
@@ -51,18 +51,20 @@ def answer_rows(
         answerer: the model.
         batches: rows with the column ``column``; a batch is answered at a time.
         column: name of the column of the question.
-        summary: counts the rows, and those whose answer was cut.
+        summary: counts the rows, those with an empty question, and those whose answer was cut.
 
     Raises:
-        DataError: a question is missing, empty or not text, or the chat template refuses it.
+        DataError: a question is not text, or the chat template refuses it.
     """
     for batch in batches:
-        questions = [[Turn("user", cell_text(row, column))] for row in batch]
+        (texts,), empty = texts_of(batch, [column])
+        questions = [[Turn("user", text)] for text in texts]
         try:
             answers = answerer.answer(questions, batch[0].place)
         except DataError as error:
             places = batch[0].place if len(batch) == 1 else f"{batch[0].place} and after"
             raise DataError(error.what, where=places, fix=error.fix) from None
         summary.rows += len(batch)
+        summary.empty += empty
         summary.cut += sum(answer.stopped != "end" for answer in answers)
         yield batch, [{PREDICTION: each.text, STOPPED: each.stopped} for each in answers]

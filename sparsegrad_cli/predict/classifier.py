@@ -94,6 +94,11 @@ class Classifier:
         """Whether it may give a text several labels, or none."""
         return self.threshold is not None
 
+    @property
+    def reads_empty_texts(self) -> bool:
+        """Whether an empty text has a token: one that the tokenizer adds to every text."""
+        return self.encoder.special > 0
+
     def predict(
         self,
         texts: Sequence[list[str]],

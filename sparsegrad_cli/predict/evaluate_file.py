@@ -13,7 +13,12 @@ from sparsegrad_cli.data.multilabel_metrics import label_average_precision, mult
 from sparsegrad_cli.io.suggest import listed
 from sparsegrad_cli.predict.classifier import Classifier
 from sparsegrad_cli.predict.label_reader import label_reader
-from sparsegrad_cli.predict.predict_rows import CHUNK, cell_text, text_columns
+from sparsegrad_cli.predict.predict_rows import (
+    CHUNK,
+    empty_words,
+    text_columns,
+    texts_of,
+)
 from sparsegrad_cli.predict.row_stream import Row, count_rows, open_rows
 from sparsegrad_cli.progress import Observer
 from sparsegrad_cli.recipe.tasks import MULTILABEL_METRICS, SCORE_METRICS, TaskSpec
@@ -25,6 +30,7 @@ from sparsegrad_cli.records.evaluation import (
 )
 
 _CLASS_METRICS = ("accuracy", "f1_macro", "matthews_correlation")
+_SHARES = ("accuracy", "exact_match")  # Metrics that are a share of the rows.
 _SHOWN = 2000  # Characters of a text that are kept of a wrong example.
 
 
@@ -37,7 +43,7 @@ class EvaluateOptions:
         text_column, text_pair_column, label_column: columns; by default those of training.
         label_separator: text between several labels in a cell; by default that of training.
         batch_size: rows of a batch.
-        resamples: of the bootstrap; 0 for no intervals.
+        resamples: of the bootstrap; 0 for no intervals at all.
         seed: of the bootstrap.
         worst: number of wrong examples to keep.
     """
@@ -81,14 +87,14 @@ def evaluate_file(
 
     Raises:
         UsageError: a column is missing.
-        DataError: a text or label is missing, or a label is not a class of the model.
+        DataError: a label is missing or not a class of the model, or a cell does not hold text.
     """
     answers = _answers(classifier, options, observer or Observer())
     spec = _spec(classifier)
     outputs = answers.outputs
     predicted = _predicted(classifier, outputs)
     found = _values(spec, outputs, predicted, answers.labels)
-    intervals = _bootstrap(spec, outputs, predicted, answers.labels, options)
+    intervals, note = _intervals(spec, outputs, predicted, answers.labels, options)
     single = spec.kind == "classification"
     return EvaluationRecord(
         model=model,
@@ -98,7 +104,11 @@ def evaluate_file(
         cut=answers.cut,
         loss=float(answers.losses.mean()),
         metrics={
-            name: MetricValue(value=value, interval=intervals.get(name))
+            name: MetricValue(
+                value=value,
+                interval=intervals.get(name),
+                interval_by="wilson" if name in _SHARES else "bootstrap",
+            )
             for name, value in found.values.items()
         },
         resamples=options.resamples,
@@ -107,7 +117,7 @@ def evaluate_file(
         classes=[] if spec.regression else _classes(spec, outputs, predicted, answers.labels),
         confusion=_confusion(spec, predicted, answers.labels) if single else [],
         worst=answers.worst,
-        notes=[*answers.notes, *found.notes],
+        notes=[*answers.notes, *found.notes, *([note] if note else [])],
     )
 
 
@@ -153,14 +163,15 @@ def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observe
     read = label_reader(stream.names, classifier, options.label_column, options.label_separator)
     outputs, labels, losses = [], [], []
     worst: list[tuple[float, int, WrongExample]] = []
-    rows = cut = ids = 0
+    rows = cut = ids = empty = 0
     observer.total_steps("evaluate", count_rows(options.file), unit="rows")
 
     def done(labelled: int) -> None:
         observer.step("evaluate", {"step": rows + labelled})
 
     for chunk in stream.chunks(CHUNK):
-        texts = [[cell_text(row, column) for row in chunk] for column in columns]
+        texts, without = texts_of(chunk, columns, may_be_empty=classifier.reads_empty_texts)
+        empty += without
         given = [read(row) for row in chunk]
         ids += sum(by_id for _, by_id in given)
         found = classifier.predict(texts, options.batch_size, done)
@@ -174,14 +185,20 @@ def _answers(classifier: Classifier, options: EvaluateOptions, observer: Observe
         worst = sorted(worst, key=lambda each: (-each[0], each[1]))[: options.worst]
         rows += len(chunk)
     names = classifier.label_names or ()
-    note = f"{ids:,} labels are read as ids of the classes 0 to {len(names) - 1}: {listed(names)}"
+    notes = []
+    if ids:
+        read_as = "label is read as an id" if ids == 1 else "labels are read as ids"
+        classes = f"of the classes 0 to {len(names) - 1}: {listed(names)}"
+        notes.append(f"{ids:,} {read_as} {classes}")
+    if empty:
+        notes.append(f"{rows:,} rows are measured; {empty_words(empty)}")
     return _Answers(
         np.concatenate(outputs),
         np.concatenate(labels),
         np.concatenate(losses),
         [example for _, _, example in worst],
         cut,
-        [note] if ids else [],
+        notes,
     )
 
 
@@ -234,6 +251,41 @@ def _listed_labels(names: Sequence[str], flags: np.ndarray) -> str:
     return ", ".join(name for name, flag in zip(names, flags, strict=True) if flag) or "-"
 
 
+def _intervals(
+    spec: TaskSpec,
+    outputs: np.ndarray,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    options: EvaluateOptions,
+) -> tuple[dict[str, list[float]], str | None]:
+    """Return metric -> 95 % interval, and a note on metrics without one.
+
+    A share of the rows has Wilson's score interval (Wilson 1927), the other metrics a bootstrap. If
+    no row is wrong, every resample is like the file: a bootstrap then shows no uncertainty, however
+    few rows there are, so its interval is left out.
+    """
+    if not options.resamples:
+        return {}, None
+    right = predicted == labels
+    right = right.all(axis=1) if spec.multilabel else right
+    found = {} if right.all() else _bootstrap(spec, outputs, predicted, labels, options)
+    found |= {name: _wilson(right) for name in spec.metrics if name in _SHARES}
+    without = " and ".join(name for name in spec.metrics if name not in found)
+    if not without:
+        return found, None
+    reason = "every resample gives the same value"
+    if len(labels) < 2 or right.all():
+        reason = "there is one row" if len(labels) < 2 else "no row is wrong"
+    return found, f"{reason}: a bootstrap gives no interval for {without}"
+
+
+def _wilson(right: np.ndarray) -> list[float]:
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
 def _bootstrap(
     spec: TaskSpec,
     outputs: np.ndarray,
@@ -243,9 +295,10 @@ def _bootstrap(
 ) -> dict[str, list[float]]:
     """Return metric -> 95 % percentile interval over resampled rows (Efron 1979).
 
-    A resample in which a metric is set by definition counts with that value.
+    A resample in which a metric is set by definition counts with that value. A metric with one
+    value in all resamples has no interval.
     """
-    if not options.resamples or len(labels) < 2:
+    if len(labels) < 2:
         return {}
     draw = np.random.default_rng(options.seed)
     values: dict[str, list[float]] = {name: [] for name in spec.metrics}
@@ -257,6 +310,7 @@ def _bootstrap(
     return {
         name: [float(end) for end in np.quantile(drawn, (0.025, 0.975))]
         for name, drawn in values.items()
+        if min(drawn) < max(drawn)
     }
 
 

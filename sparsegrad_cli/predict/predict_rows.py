@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsegrad_cli.data.tables import type_words
 from sparsegrad_cli.data.text_files import is_unicode
 from sparsegrad_cli.errors import DataError, UsageError
 from sparsegrad_cli.io.suggest import suggest
@@ -25,6 +26,7 @@ class Summary:
     Attributes:
         rows: number of rows.
         cut: number of rows that were longer than the model reads.
+        empty: number of rows with an empty text.
         labels: class -> number of rows; empty for a regressor.
         unlabelled: number of rows to which a model of several labels gave none.
         lowest, highest: range of the scores of a regressor.
@@ -32,6 +34,7 @@ class Summary:
 
     rows: int = 0
     cut: int = 0
+    empty: int = 0
     labels: Counter[str] = field(default_factory=Counter)
     unlabelled: int = 0
     lowest: float = float("inf")
@@ -113,14 +116,15 @@ def label_rows(
         observer: receives the number of rows after each batch.
 
     Raises:
-        DataError: a text is missing, empty or not text.
+        DataError: see :func:`texts_of`.
     """
 
     def done(rows: int) -> None:
         observer.step("predict", {"step": summary.rows + rows})
 
     for chunk in chunks:
-        texts = [[cell_text(row, column) for row in chunk] for column in columns]
+        texts, empty = texts_of(chunk, columns, may_be_empty=classifier.reads_empty_texts)
+        summary.empty += empty
         found = classifier.predict(texts, batch_size, done)
         added = [
             _columns(classifier, values, all_probabilities=all_probabilities)
@@ -130,22 +134,45 @@ def label_rows(
         yield chunk, added
 
 
-def cell_text(row: Row, column: str) -> str:
-    """Return the text of a row.
+def texts_of(
+    rows: Sequence[Row], columns: Sequence[str], *, may_be_empty: bool = True
+) -> tuple[list[list[str]], int]:
+    """Return the texts of every column, and the number of rows in which one is empty.
+
+    A row keeps its place whatever it holds: a file with an empty cell is used to its end, and the
+    empty texts are counted.
+
+    Args:
+        rows: rows with the columns ``columns``.
+        columns: names of the columns that hold texts. A cell that is missing is an empty text.
+        may_be_empty: whether the model can read an empty text.
 
     Raises:
-        DataError: it is missing, empty or not text.
+        DataError: a cell does not hold text, or it is empty and the model cannot read that.
     """
+    texts = [[_text(row, column, may_be_empty=may_be_empty) for row in rows] for column in columns]
+    return texts, sum(not all(text.strip() for text in row) for row in zip(*texts, strict=True))
+
+
+def _text(row: Row, column: str, *, may_be_empty: bool) -> str:
     value = row.values.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        what = "is empty"
-    elif not isinstance(value, str):
-        what = f"holds a {type(value).__name__}, expected text"
+    value = "" if value is None else value
+    fix = "correct or remove the row"
+    if not isinstance(value, str):
+        what = f"holds {type_words(value)}, expected text"
+    elif not value.strip() and not may_be_empty:
+        what = "is empty, and the model's tokenizer makes no token of an empty text"
+        fix = "remove the row"
     elif not is_unicode(value):
         what = "holds half of a character (a lone surrogate)"
     else:
         return value
-    raise DataError(f"column {column!r} {what}", where=row.place, fix="correct or remove the row")
+    raise DataError(f"column {column!r} {what}", where=row.place, fix=fix)
+
+
+def empty_words(empty: int) -> str:
+    """Return such as ``2 of them have an empty text``."""
+    return f"{empty:,} of them {'has' if empty == 1 else 'have'} an empty text"
 
 
 def _columns(

@@ -19,7 +19,7 @@ from sparsegrad_cli.data.json_files import RepeatedKeys, json_records
 from sparsegrad_cli.data.parquet_files import parquet_batches, read_parquet, to_python
 from sparsegrad_cli.data.read_table import file_format
 from sparsegrad_cli.data.split_files import SUFFIXES_OF
-from sparsegrad_cli.data.text_files import open_decompressed
+from sparsegrad_cli.data.text_files import open_decompressed, text_lines
 from sparsegrad_cli.errors import DataError
 
 _HEAD = 1000  # Rows that the separator is found from.
@@ -210,10 +210,10 @@ def _cells(path: Path, separator: str, *, quoted: bool) -> Iterator[tuple[int, l
                 for number, line in enumerate(text, start=1):
                     if line := line.rstrip("\r\n"):
                         yield number, line.split(separator)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"the file is not UTF-8: {error.reason}", where=str(path), fix="save it as UTF-8"
-            ) from None
+        except UnicodeDecodeError:
+            for _ in text_lines(path):
+                pass  # It raises the error with the line.
+            raise
         finally:
             text.detach()
 
@@ -221,9 +221,8 @@ def _cells(path: Path, separator: str, *, quoted: bool) -> Iterator[tuple[int, l
 def _quoted(text: Iterable[str], separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(text, delimiter=separator, strict=True)
     start = 1
-    limit = csv.field_size_limit(_LONGEST_CELL)
     try:
-        for cells in reader:
+        while (cells := _next_row(reader)) is not None:
             if cells:
                 yield start, cells
             start = reader.line_num + 1
@@ -234,6 +233,16 @@ def _quoted(text: Iterable[str], separator: str, path: Path) -> Iterator[tuple[i
             fix='quote a text that holds separators or quotes, and double the quotes in it: "a '
             '""b"""',
         ) from None
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row, None at the end.
+
+    The limit is the process's, and readers of several files may be open: each row restores it.
+    """
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        return next(reader, None)
     finally:
         csv.field_size_limit(limit)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from sparsegrad_cli.records.base import Block, Count, Fraction, Interval, Number, Record
@@ -11,8 +13,11 @@ class MetricValue(Block):
     """The value of one metric."""
 
     value: Number
-    interval: Interval | None = Field(
-        None, description="95 % percentile interval of a bootstrap over rows."
+    interval: Interval | None = Field(None, description="95 % confidence interval.")
+    interval_by: Literal["wilson", "bootstrap"] = Field(
+        "bootstrap",
+        description="wilson: Wilson's score interval of a share of the rows; bootstrap: "
+        "percentiles of a bootstrap over rows.",
     )
 
 
@@ -52,7 +57,7 @@ class EvaluationRecord(Record):
     cut: Count = Field(description="Rows that were longer than the model reads.")
     loss: Number = Field(None, description="Mean cross-entropy in nats, or mean squared error.")
     metrics: dict[str, MetricValue]
-    resamples: Count = Field(description="Of the bootstrap; 0 for none.")
+    resamples: Count = Field(description="Of the bootstrap; 0 for no intervals.")
     seed: Count = 0
     threshold: Fraction = Field(
         None, description="The probability from which the model gives one of several labels."

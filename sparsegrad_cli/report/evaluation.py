@@ -83,8 +83,18 @@ def _scores(record: EvaluationRecord) -> Table:
         notes.append(f"a label is predicted above the threshold {format_number(record.threshold)}")
     notes += [f"{counted(record.cut, 'row')} cut to the model's length"] if record.cut else []
     if record.resamples:
-        notes.append(f"intervals: bootstrap over rows, {format_count(record.resamples)} resamples")
+        notes.append(f"intervals: {_interval_words(record)}")
     return Table.of(list(record.metrics.items()), columns, "Scores", notes)
+
+
+def _interval_words(record: EvaluationRecord) -> str:
+    """Return how the intervals were computed."""
+    shares = [scale_of(n).words for n, m in record.metrics.items() if m.interval_by == "wilson"]
+    words = [f"Wilson's for {' and '.join(shares)}"] if shares else []
+    if any(m.interval and m.interval_by == "bootstrap" for m in record.metrics.values()):
+        resamples = f"{format_count(record.resamples)} resamples"
+        words.append(f"a bootstrap over rows, {resamples}{', for the others' if shares else ''}")
+    return "; ".join(words) or "none"
 
 
 def _class_table(record: EvaluationRecord) -> Table:
@@ -130,8 +140,9 @@ def _worst(record: EvaluationRecord, count: int, length: int) -> Table | Paragra
         Column("loss", lambda w: format_number(w.loss)),
         Column("text", lambda w: _shortened(" | ".join(w.texts), length), words=True),
     ]
-    kind = "wrong rows with the highest loss" if record.classes else "rows with the largest error"
-    caption = f"The {len(kept)} {kind}"
+    rows = "wrong row" if record.classes else "row"
+    order = "highest loss" if record.classes else "largest error"
+    caption = f"The {rows if len(kept) == 1 else counted(len(kept), rows)} with the {order}"
     return Table.of(kept, columns, caption)
 
 

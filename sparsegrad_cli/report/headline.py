@@ -284,7 +284,7 @@ def calibration_headline(run: RunRecord) -> str:
 
 
 def evaluation_headline(record: EvaluationRecord) -> str:
-    """Return the first metric with its interval, the number of rows and the weakest class."""
+    """Return the first metric with its interval, the rows, and the weakest class if any is weak."""
     if not record.metrics:
         return ""
     name, metric = next(iter(record.metrics.items()))
@@ -294,8 +294,8 @@ def evaluation_headline(record: EvaluationRecord) -> str:
         words += f" (95 % interval {format_interval(scale.clip(metric.interval), scale)})"
     words += f" on {counted(record.rows, 'row')}"
     found = [each for each in record.classes if each.recall is not None and each.rows]
-    if len(found) > 1:
-        weakest = min(found, key=lambda each: each.recall or 0.0)
+    weakest = min(found, key=lambda each: each.recall or 0.0, default=None)
+    if weakest is not None and len(found) > 1 and weakest.recall != 1:
         words += f"; weakest class: {weakest.name}, {format_percent(weakest.recall)} % found"
     return words
 

@@ -132,7 +132,7 @@ class _Fitted:
         for number, part in enumerate(cut_to_width(self._table, options.max_width)):
             if number:
                 yield Text()
-            yield _rich(part)
+            yield _rich(part, options.max_width)
 
 
 def cut_to_width(table: Table, width: int) -> list[Table]:
@@ -158,21 +158,29 @@ def cut_to_width(table: Table, width: int) -> list[Table]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return the width that a column needs: its longest cell or header word; less if it folds."""
-    name = max((cell_len(word) for word in table.header[column].split()), default=0)
+    """Return the width that a column needs: its longest cell or header line; less if it folds."""
+    name = max(map(cell_len, _broken(table.header[column]).split("\n")))
     cells = max((cell_len(row[column]) for row in table.rows), default=0)
     if column and table.words[column]:
         cells = min(cells, _NARROWEST_WORDS)
     return max(name, cells)
 
 
-def _rich(table: Table) -> RichTable:
+def _broken(header: str) -> str:
+    """Return a header with a line for each word; a number keeps its unit: ``95 %``."""
+    return header.replace(" %", "\N{NO-BREAK SPACE}%").replace(" ", "\n")
+
+
+def _rich(table: Table, width: int) -> RichTable:
+    """Return the table, with headers on one line if it then fits."""
+    whole = [max(_width(table, at), cell_len(name)) for at, name in enumerate(table.header)]
+    fits = sum(whole) + _GAP * (len(whole) - 1) <= width
     found = RichTable(
         box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, collapse_padding=True
     )
     for column, (name, words) in enumerate(zip(table.header, table.words, strict=True)):
         found.add_column(
-            Text(name.replace(" ", "\n"), justify="left" if words else "right"),
+            Text(name if fits else _broken(name), justify="left" if words else "right"),
             justify="left" if words else "right",
             overflow="fold" if words else "ellipsis",
             no_wrap=column == 0 or not words,

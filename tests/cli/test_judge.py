@@ -370,7 +370,9 @@ def test_invalid_answers_are_refused_with_their_line(
     Path(files[0]).write_text("\n".join([changed, *rest]) + "\n")
     with judge_server(always_answer("Rating: [[7]]")) as server:
         outcome = judge(server.url, files[0], "-o", "out")
-    assert outcome.code == 1 and says in outcome.flat and "one.jsonl:1" in outcome.flat
+    # A line that `generate` cannot have written is damage; another may not fit what is asked.
+    assert outcome.code == (1 if "Damaged file" in outcome.err else 2)
+    assert says in outcome.flat and "one.jsonl:1" in outcome.flat
     assert server.requests == [] and not (tmp_path / "out").exists()
 
 

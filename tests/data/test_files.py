@@ -548,8 +548,8 @@ def test_columns_of_every_type_that_is_text_or_a_number(tmp_path: Path) -> None:
     ("column", "values", "message"),
     [
         ("text", [["a"]] * 4, "column 'text' holds a list, expected text"),
-        ("text", [{"a": 1}] * 4, "column 'text' holds a dict, expected text"),
-        ("text", [b"a"] * 4, "column 'text' holds a bytes, expected text"),
+        ("text", [{"a": 1}] * 4, "column 'text' holds an object with fields, expected text"),
+        ("text", [b"a"] * 4, "column 'text' holds bytes, expected text"),
         ("text", [None] * 4, "column 'text' is empty"),
         ("label", [None] * 4, "column 'label' is empty"),
         ("label", [datetime.datetime(2020, 1, 1)] * 4, "column 'label' is a datetime"),

@@ -169,6 +169,10 @@ def test_single_class_is_refused(tmp_path: Path) -> None:
             r"named 'text', got two\n.*data\.csv:1",
         ),
         ("text,label\ngood,0.5\n", "one row cannot be split"),
+        (
+            "text,label\n,no\na,yes\n ,no\n",
+            r"'text' is empty, as in 1 more row\n.*data\.csv:2\nfix: remove rows without a text",
+        ),
     ],
 )
 def test_errors_in_csv_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
@@ -185,7 +189,7 @@ def test_errors_in_csv_name_file_and_line(tmp_path: Path, text: str, message: st
         ('{"text": null, "label": 1}\n{"text": "b", "label": 0}', r"is empty\n.*data\.json:1"),
         ('{"text": "a", "label": 1}\n{"text": "b"}', r"label.*empty\n.*data\.json:2"),
         ('{"text": "a", "label": NaN}', "label.*is nan"),
-        ('{"text": 3, "label": 1}\n{"text": "b", "label": 0}', "holds a int, expected text"),
+        ('{"text": 3, "label": 1}\n{"text": "b", "label": 0}', "holds an integer, expected text"),
         ('{"text": "a", "label": [1]}', "is a list: expected a word or a number"),
     ],
 )

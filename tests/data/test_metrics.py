@@ -165,6 +165,13 @@ def test_one_class_gives_matthews_zero(constant: str) -> None:
     assert len(result.notes) == 1 and constant in result.notes[0] and "class 1" in result.notes[0]
 
 
+def test_one_row_is_the_reason_that_is_given() -> None:
+    (note,) = score(COLA, np.eye(2)[[1]], [1]).notes
+    assert note == "there is one row: matthews_correlation is 0 by definition"
+    notes = score(STSB, np.ones(1), np.ones(1)).notes
+    assert notes[0] == "there is one row: pearson is 0 by definition"
+
+
 def test_f1_without_positives() -> None:
     zeros, ones = np.zeros(4, dtype=int), np.ones(4, dtype=int)
     neither = score(MRPC, np.eye(2)[zeros], zeros)

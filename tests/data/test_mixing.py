@@ -221,7 +221,7 @@ def test_validate_reads_the_sources_and_the_sets(cli: Cli, files: Path) -> None:
     write_csv(files / "wrong.csv", [("x", "maybe")])
     task = f"path: {files / 'small'}, evaluation: {{ood: {files / 'wrong.csv'}}}"
     refused = cli("validate", str(recipe_file(files, task)))
-    assert refused.code == 1 and "maybe" in refused.flat  # The data is wrong, not the recipe.
+    assert refused.code == 2 and "maybe" in refused.flat
     with pytest.raises(UsageError, match="no column 'text'"):
         (files / "odd.csv").write_text("body,label\nx,no\n")
         load_task("csv", path=files / "small", evaluation={"ood": str(files / "odd.csv")})

@@ -68,8 +68,11 @@ def test_texts_and_standard_input_are_answered(
     ended = cli("predict", str(run), *QUESTIONS, "--json", *LIMIT)
     rows = [json.loads(line) for line in ended.out.splitlines()]
     assert [(row["prediction"], row["stopped"]) for row in rows] == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(QUESTIONS) + "\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(QUESTIONS).encode())))
     assert cli("predict", str(run), "-", "--json", *LIMIT).out == ended.out
+    empty = cli("predict", str(run), "", QUESTIONS[0], "--json", *LIMIT)
+    assert empty.code == 0 and "1 of them has an empty text." in empty.flat
+    assert len(empty.out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(

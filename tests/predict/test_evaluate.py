@@ -32,6 +32,32 @@ def write_rows(path: Path, rows: list[tuple[str, str]], label: str = "label") ->
     return path
 
 
+def wilson(right: int, rows: int) -> list[float]:
+    """Return the 95 % score interval: the shares p with (right / n - p)^2 = z^2 p (1 - p) / n."""
+    z2, share = 1.959963984540054**2, right / rows
+    ends = np.roots([1 + z2 / rows, -(2 * share + z2 / rows), share**2])
+    return sorted(ends.real.tolist())
+
+
+def test_without_an_error_the_few_rows_show_in_the_interval(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """Resamples of rows that are all right are all right: 100 to 100 would be false."""
+    labels = cli("predict", str(run), *(text for text, _ in ROWS[:12])).out.splitlines()
+    rows = [(text, line.split("\t")[0]) for (text, _), line in zip(ROWS, labels, strict=False)]
+    source = write_rows(tmp_path / "test.csv", rows)
+    found = json.loads(cli("evaluate", str(run), str(source), "--json").out)
+    accuracy = found["metrics"]["accuracy"]
+    assert (accuracy["value"], accuracy["interval_by"]) == (1, "wilson")
+    assert accuracy["interval"] == pytest.approx(wilson(12, 12)) and accuracy["interval"][0] < 0.8
+    assert found["metrics"]["f1_macro"]["interval"] is None
+    note = "no row is wrong: a bootstrap gives no interval for f1_macro and matthews_correlation"
+    assert note in found["notes"]
+    shown = cli("evaluate", str(run), str(source)).out
+    assert "intervals: Wilson's for accuracy\n" in shown
+    assert any(line.split()[-3:] == ["95", "%", "interval"] for line in shown.splitlines())
+
+
 def test_numbers_are_those_of_the_formulas(run: Path, cli: Cli, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "test.csv", ROWS)
     ended = cli("evaluate", str(run), str(source), "--json", "--worst", "4", "--resamples", "200")
@@ -57,9 +83,12 @@ def test_numbers_are_those_of_the_formulas(run: Path, cli: Cli, tmp_path: Path) 
     assert [w["place"] for w in found["worst"]] == [f"{source}:{n + 2}" for _, n in wrong]
     assert [w["texts"] for w in found["worst"]] == [[ROWS[n][0]] for _, n in wrong]
     draw = np.random.default_rng(0)
-    means = [right[draw.integers(60, size=60)].mean() for _ in range(200)]
-    interval = found["metrics"]["accuracy"]["interval"]
+    of = (np.array(true), np.array(answers))
+    drawn = [draw.integers(60, size=60) for _ in range(200)]
+    means = [f1_score(of[0][at], of[1][at], average="macro") for at in drawn]
+    interval = found["metrics"]["f1_macro"]["interval"]
     assert interval == pytest.approx(np.quantile(means, (0.025, 0.975)).tolist())
+    assert found["metrics"]["accuracy"]["interval"] == pytest.approx(wilson(right.sum(), 60))
     classes = {each["name"]: each for each in found["classes"]}
     hits = sum(a == b == "low" for a, b in zip(true, answers, strict=True))
     assert classes["low"]["recall"] == pytest.approx(hits / true.count("low"))
@@ -109,31 +138,30 @@ def test_scores_of_a_regressor(run: Path, cli: Cli, tmp_path: Path) -> None:
     bad = write_rows(tmp_path / "bad.csv", [("a", "much")])
     refused = cli("evaluate", str(scored), str(bad))
     assert (refused.code, "expected a number in column 'label', got 'much'" in refused.flat) == (
-        1,
+        2,
         True,
     )
 
 
 @pytest.mark.parametrize(
-    ("rows", "column", "expected", "code"),
+    ("rows", "column", "expected"),
     [
-        ([("a", "high"), ("b", "middle")], "label", "the label 'middle' is not a class", 1),
-        ([("a", "high"), ("b", "")], "label", "the label in column 'label' is empty", 1),
-        ([("a", "high"), ("", "low")], "label", "column 'text' is empty", 1),
-        ([("a", "high")], "answer", "the file has no column 'label' for the labels", 2),
+        ([("a", "high"), ("b", "middle")], "label", "the label 'middle' is not a class"),
+        ([("a", "high"), ("b", "")], "label", "the label in column 'label' is empty"),
+        ([("a", "high"), ("", "low")], "label", "makes no token of an empty text"),
+        ([("a", "high")], "answer", "the file has no column 'label' for the labels"),
     ],
 )
 def test_bad_rows_are_refused(
     rows: list[tuple[str, str]],
     column: str,
     expected: str,
-    code: int,
     run: Path,
     cli: Cli,
     tmp_path: Path,
 ) -> None:
     source = write_rows(tmp_path / "bad.csv", rows, column)
     ended = cli("evaluate", str(run), str(source), "-o", str(tmp_path / "report"))
-    assert (ended.code, expected in ended.flat) == (code, True), ended.err
+    assert (ended.code, expected in ended.flat) == (2, True), ended.err
     assert not (tmp_path / "report").exists()
     assert cli("evaluate", str(run), "nowhere.csv").code == 2

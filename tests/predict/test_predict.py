@@ -19,11 +19,13 @@ from support.small_runs import (
     answers,
     base_folder,
     data_folder,
+    end_texts,
     sentences,
     tokenizer_of,
     train,
 )
 
+from sparsegrad_cli.predict.classifier import Classifier
 from sparsegrad_cli.records.store import load_run, write
 from sparsegrad_cli.records.study import CellEntry, StudyRecord
 from sparsegrad_cli.restore.restore import load_trained
@@ -35,7 +37,7 @@ TEXTS = [text for text, _ in sentences(2, ROWS)]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("predict")
-    base, data = base_folder(folder / "base"), data_folder(folder / "data")
+    base, data = end_texts(base_folder(folder / "base")), data_folder(folder / "data")
     return train(folder / "run", base, data, "method.density=0.05", "method.rank=7")
 
 
@@ -51,6 +53,10 @@ def write_csv(path: Path, texts: list[str]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
     return path
+
+
+def standard_input(text: str, encoding: str = "utf-8") -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(text.encode(encoding)))
 
 
 def check(rows: list[dict[str, Any]], expected: torch.Tensor) -> None:
@@ -109,7 +115,7 @@ def test_texts_and_standard_input(
     label, probability, text = cli("predict", str(run), TEXTS[0]).out.strip().split("\t")
     assert (label, text) == (rows[0]["prediction"], TEXTS[0])
     assert float(probability) == pytest.approx(rows[0]["probability"], abs=6e-4)
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS) + "\n"))
+    monkeypatch.setattr("sys.stdin", standard_input("\n".join(TEXTS)))
     ended = cli("predict", str(run), "-", "--json")
     check([json.loads(line) for line in ended.out.splitlines()], expected)
 
@@ -177,18 +183,69 @@ def test_cut_rows_are_counted(run: Path, cli: Cli, tmp_path: Path) -> None:
     source = write_csv(tmp_path / "long.csv", ["short", "x" * 40, "y" * 15, "z" * 17])
     ended = cli("predict", str(run), str(source), "-o", str(tmp_path / "out.csv"))
     assert "2 were longer than the model reads and were cut" in ended.flat
+    one = cli("predict", str(run), "x" * 40)
+    assert "1 was longer than the model reads and was cut" in one.flat
 
 
-def test_a_bad_row_leaves_the_earlier_output(run: Path, cli: Cli, tmp_path: Path) -> None:
-    source = write_csv(tmp_path / "new.csv", [*TEXTS, " "])
-    target = tmp_path / "out.csv"
+def test_an_empty_text_is_labelled_and_counted(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row keeps its place, from a file or a pipe; blank lines at the end are no texts."""
+    one = write_csv(tmp_path / "one.csv", [TEXTS[0], "", TEXTS[1]])
+    written = tmp_path / "out.jsonl"
+    ended = cli("predict", str(run), str(one), "-o", str(written))
+    assert ended.code == 0 and "1 of them has an empty text." in ended.flat
+    labels = [json.loads(line)["prediction"] for line in written.read_text().splitlines()]
+    monkeypatch.setattr("sys.stdin", standard_input(f"{TEXTS[0]}\n\n{TEXTS[1]}\n\n  \n"))
+    piped = cli("predict", str(run), "-")
+    assert [line.split("\t")[0] for line in piped.out.splitlines()] == labels
+    assert "3 rows labelled" in piped.flat and "1 of them has an empty text." in piped.flat
+    assert cli("predict", str(run), "").out == piped.out.splitlines()[1] + "\n"
+
+
+def test_empty_texts_are_measured_and_counted(run: Path, cli: Cli, tmp_path: Path) -> None:
+    rows = [*sentences(2, 8), ("", "low"), ("  ", "high")]
+    source = tmp_path / "test.csv"
+    with source.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    found = json.loads(cli("evaluate", str(run), str(source), "--json", "--resamples", "0").out)
+    assert sum(map(sum, found["confusion"])) == found["rows"] == 10
+    assert "10 rows are measured; 2 of them have an empty text" in found["notes"]
+
+
+def test_a_model_without_special_tokens_cannot_read_an_empty_text(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2's and LLaMA's tokenizers may give no token at all, of which there is no answer."""
+    monkeypatch.setattr(Classifier, "reads_empty_texts", False)
+    source, target = write_csv(tmp_path / "new.csv", [*TEXTS, " "]), tmp_path / "out.csv"
     target.write_text("as it was")
     ended = cli("predict", str(run), str(source), "-o", str(target))
-    assert ended.code == 1
-    assert "column 'text' is empty" in ended.flat
+    assert ended.code == 2 and "makes no token of an empty text" in ended.flat
     assert f"new.csv:{ROWS + 2}" in ended.flat.replace(" ", "")
     assert target.read_text() == "as it was"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_line(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new.csv").write_bytes("text,n\nfine,1\ncaf\xe9,2\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", standard_input("text\nfine\ncaf\xe9\n", "latin-1"))
+    for source, place in ((str(tmp_path / "new.csv"), "new.csv:3"), ("-", "standard input:3")):
+        ended = cli("predict", str(run), source)
+        assert ended.code == 2 and place in ended.flat
+        assert "not UTF-8: byte 0xe9 at offset 3" in ended.flat and "iconv -f" in ended.flat
+
+
+def test_the_input_file_is_not_replaced(run: Path, cli: Cli, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "new.csv", TEXTS[:2])
+    (tmp_path / "link.csv").symlink_to(source)
+    before = source.read_bytes()
+    for target in (source, tmp_path / "link.csv"):
+        ended = cli("predict", str(run), str(source), "-o", str(target))
+        assert ended.code == 2 and "is the input file" in ended.flat
+    assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import tracemalloc
@@ -101,6 +102,18 @@ def test_bad_files_are_refused_with_their_place(
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.csv"
-    path.write_bytes("id,text\n1,caf\xe9\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8"):
+    path.write_bytes("id,text\n1,a\n2,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8: byte 0xe9 .*\nwhere: .*latin\.csv:3\n.*iconv"):
         list(open_rows(path).rows)
+
+
+def test_the_limit_of_the_csv_module_is_restored(tmp_path: Path) -> None:
+    """Readers of two files are closed in any order; other code keeps its limit in between."""
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n2,b\n")
+    first, second = (open_rows(tmp_path / "a.csv") for _ in range(2))
+    for stream in (first, second):
+        next(stream.rows)
+        assert csv.field_size_limit() == limit
+    del first, second
+    assert csv.field_size_limit() == limit

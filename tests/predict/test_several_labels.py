@@ -182,7 +182,7 @@ def test_unknown_labels_and_columns_are_refused(run: Path, cli: Cli, tmp_path: P
     bad = tmp_path / "bad.csv"
     bad.write_text("text,tags\nabc,early|soon\n")
     refused = cli("evaluate", str(run), str(bad))
-    assert (refused.code, "the label 'soon' is not a class" in refused.flat) == (1, True)
+    assert (refused.code, "the label 'soon' is not a class" in refused.flat) == (2, True)
     bad.write_text("text,other\nabc,early\n")
     refused = cli("evaluate", str(run), str(bad))
     assert (refused.code, "nor a column of 0 and 1 for each of early" in refused.flat) == (2, True)

@@ -142,10 +142,10 @@ def test_an_evaluation_cuts_its_interval_at_the_end_of_the_range() -> None:
         | {"metrics": {"accuracy": {"value": 0.99, "interval": [0.95, 1.02]}}}
         | {"classes": [{"name": n, "rows": 20, "predicted": 20, "recall": r} for n, r in RECALLS]}
     )
-    assert evaluation_headline(record) == (
-        "accuracy ×100 99.0 (95 % interval 95.0 to 100.0) on 40 rows; weakest class: b, 80.0 % "
-        "found"
-    )
+    words = "accuracy ×100 99.0 (95 % interval 95.0 to 100.0) on 40 rows"
+    assert evaluation_headline(record) == f"{words}; weakest class: b, 80.0 % found"
+    whole = [each.changed(recall=1.0) for each in record.classes]
+    assert evaluation_headline(record.changed(classes=whole)) == words
 
 
 RECALLS = (("a", 1.0), ("b", 0.8))

@@ -56,6 +56,17 @@ def byte_tokenizer() -> Any:
     )
 
 
+def end_texts(base: Path) -> Path:
+    """Let the tokenizer of a folder end every text with ``</s>``: an empty text has a token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    end = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", None, end)
+    tokenizer.save_pretrained(base)
+    return base
+
+
 def sentences(seed: int, count: int) -> list[tuple[str, str]]:
     """Return (text, label); the label says in which half of the alphabet the first letter is."""
     draw = torch.Generator().manual_seed(seed)
