@@ -99,7 +99,8 @@ def _before_the_runs(study: LoadedStudy) -> str:
     if study.study.tune is not None:
         tasks = len({run.task for run in study.cells})
         rows = f"{len(study.study.methods)} methods on {tasks} task{'' if tasks == 1 else 's'}"
-        text = f", after {study.study.tune.trials} trials of tuning for each of {rows}"
+        seeds = "each seed of " if study.study.tune.own else "each of "
+        text = f", after {study.study.tune.trials} trials of tuning for {seeds}{rows}"
     if study.study.budget is not None:
         text += f"; compare --dry-run solves its budget, {study.study.match}"
     return text

@@ -362,7 +362,8 @@ class PlanRecord(Block):
     match: str | None = None
     seeds: list[int]
     cells: Count = Field(description="Number of runs.")
-    trials: Count | None = Field(None, description="Trials of tuning for each row.")
+    trials: Count | None = Field(None, description="Trials of tuning for each row, or its seeds.")
+    own_seeds: bool = Field(False, description="Whether every seed of a row is tuned by itself.")
     parity: ParityBlock | None = None
     budget: BudgetBlock | None = None
     rows: list[PlanRow]

@@ -156,7 +156,8 @@ def plan_screen(plan: PlanRecord) -> Document:
     seeds = ", ".join(map(str, plan.seeds))
     caption = f"{plan.name}: {plan.cells} runs, seeds {seeds}"
     if plan.trials is not None:
-        caption += f", after {plan.trials} trials of tuning for each row"
+        unit = "seed of a row" if plan.own_seeds else "row"
+        caption += f", after {plan.trials} trials of tuning for each {unit}"
     columns: list[Column[PlanRow]] = [
         Column("task", lambda row: row.task, words=True),
         Column("method", lambda row: row.method, words=True),

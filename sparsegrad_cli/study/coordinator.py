@@ -296,6 +296,7 @@ def plan_of(study: LoadedStudy) -> PlanRecord:
         seeds=list(study.study.seeds),
         cells=len(study.cells),
         trials=study.study.tune.trials if study.study.tune is not None else None,
+        own_seeds=study.study.tune is not None and study.study.tune.own,
         parity=check_parity(study),
         budget=study.budget,
         rows=[
