@@ -61,13 +61,17 @@ Words = Callable[[StudyRecord, str], str]
 REFRESH_S = 30
 
 _TESTS = (
-    "Every two methods are compared over all seeds and tasks, and the p-values are corrected for "
-    "the number of pairs. Runs are paired by task and seed."
+    " compared over all seeds and tasks, and the p-values are corrected for the number of pairs. "
+    "Runs are paired by task and seed."
 )
 _TUNING = (
     "Before the runs of the study, every method had the same number of trials on each task, over "
-    "an equally wide space around a center of its own, on seeds that are not reported. The runs "
-    "use the best settings of their method and task."
+    "an equally wide space around a center of its own, "
+)
+_SHARED = "on seeds that are not reported. The runs use the best settings of their method and task."
+_OWN = (
+    "for each seed by itself. Held-out training rows chose the best trial, which is the reported "
+    "run of its seed."
 )
 _FAIR = (
     "Recipes are compared before the first run: methods may differ only in their own settings, "
@@ -229,14 +233,17 @@ def study_document(
                 ],
             ),
             Section("Budget", [budget_table(study.budget)]),
-            Section("Differences", [Paragraph(_TESTS), pairs] if pairs else []),
+            Section("Differences", [Paragraph(_test_words(study)), pairs] if pairs else []),
             Section(
                 "Is the comparison fair?",
                 [Paragraph(_FAIR), Checks(check_lines(study)), parity_table(study)],
             ),
             study_next(study),
             *(Section("Answers" if alone else f"Answers: {each.task}", [each]) for each in answers),
-            Section("Tuning", [Paragraph(_TUNING), tuned, trials_table(study)] if tuned else []),
+            Section(
+                "Tuning",
+                [Paragraph(_tuning_words(study)), tuned, trials_table(study)] if tuned else [],
+            ),
             Section("Published results", [published_table(study)]),
             Section("Changed parameters", figures(CHANGED), in_paper=False),
             Section("All runs", [runs_table(study)], in_paper=False),
@@ -402,6 +409,16 @@ def unfinished_table(study: StudyRecord) -> Table | None:
         Column("what to do", lambda c: (c.error.fix if c.error else "") or "", words=True),
     ]
     return Table.of(cells, columns, "Runs that are not done") if cells else None
+
+
+def _test_words(study: StudyRecord) -> str:
+    row = study.tests.row if study.tests else None
+    return (f"{row} and every other method are" if row else "Every two methods are") + _TESTS
+
+
+def _tuning_words(study: StudyRecord) -> str:
+    own = study.tuning is not None and study.tuning.own_seeds
+    return _TUNING + (_OWN if own else _SHARED)
 
 
 def runs_table(study: StudyRecord) -> Table | None:

@@ -20,6 +20,8 @@ from sparsegrad_cli.report.units import (
     words,
 )
 
+_NO_SCORE = ("failed", "out_of_memory")
+
 
 def settings_words(settings: Mapping[str, object]) -> str:
     """Return settings as text: ``learning_rate 0.0005, warmup_steps 0.1``."""
@@ -61,16 +63,24 @@ def tuning_lines(study: StudyRecord) -> list[str]:
     """Return warnings: best values at the end of a range, methods without a finished trial."""
     lines = []
     several = len(tasks_of(study)) > 1
+    rows: dict[str, list[TuningSeries]] = {}
     for series in _series(study):
         row = f"{series.task}, {series.method}" if several else series.method
-        row += "" if series.seed is None else f", seed {series.seed}"
-        lines += [
-            f"{row}: the best {_name(edge.key)} is the {edge.end} that was tried; a better value "
-            "may lie beyond it."
-            for edge in series.edges
-        ]
-        if series.trials and all(t.status in ("failed", "out_of_memory") for t in series.trials):
-            lines.append(f"{row}: every trial failed, so there are no settings to run with.")
+        rows.setdefault(row, []).append(series)
+    for row, seeds in rows.items():
+        found = Counter((edge.key, edge.end) for series in seeds for edge in series.edges)
+        for (key, end), count in found.items():
+            where = f" for {count} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+            lines.append(
+                f"{row}: the best {_name(key)} is the {end} that was tried{where}; a better value "
+                "may lie beyond it."
+            )
+        for series in seeds:
+            seed = "" if series.seed is None else f", seed {series.seed}"
+            if series.trials and all(t.status in _NO_SCORE for t in series.trials):
+                lines.append(
+                    f"{row}{seed}: every trial failed, so there are no settings to run with."
+                )
     return lines
 
 

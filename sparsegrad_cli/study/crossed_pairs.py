@@ -19,7 +19,7 @@ from sparsegrad_cli.records.run import RunRecord, TaskBlock
 from sparsegrad_cli.records.study import CellEntry, PairTest, PairTestsBlock
 from sparsegrad_cli.run.test_answers import TEST, Answer, read_answers
 from sparsegrad_cli.study.crossed import Crossed, Layout, crossed, layout, pseudo_values
-from sparsegrad_cli.study.pairs import pairs_of
+from sparsegrad_cli.study.pairs import holm_words, pairs_of
 from sparsegrad_cli.study.rows import score_of
 from sparsegrad_cli.study.statistics import LEVEL, MOST_SEEDS, POWER, ROUNDING, holm
 
@@ -70,7 +70,7 @@ def crossed_tests(cells: Sequence[CellEntry], test: ComparisonTest, folder: Path
     pairs = [pair for pair in found if pair is not None]
     adjusted = holm([pair.p for pair in pairs])
     return block.changed(
-        correction=f"Holm's, over {len(pairs)} pairs",
+        correction=holm_words(len(pairs)),
         untested=len(found) - len(pairs),
         pairs=[
             pair.block(p_holm, len(pairs)) for pair, p_holm in zip(pairs, adjusted, strict=True)

@@ -68,7 +68,7 @@ def pair_tests(cells: Sequence[CellEntry], row: str | None = None) -> PairTestsB
         row=row,
         test=TEST,
         check=CHECK,
-        correction=f"Holm's, over {len(pairs)} pairs",
+        correction=holm_words(len(pairs)),
         level=LEVEL,
         untested=len(found) - len(pairs),
         pairs=[
@@ -76,6 +76,11 @@ def pair_tests(cells: Sequence[CellEntry], row: str | None = None) -> PairTestsB
             for pair, p_holm in zip(pairs, adjusted, strict=True)
         ],
     )
+
+
+def holm_words(pairs: int) -> str:
+    """Return how p-values are corrected: ``Holm's, over 3 pairs``."""
+    return f"Holm's, over {pairs} pair{'' if pairs == 1 else 's'}"
 
 
 def pairs_of(labels: Sequence[str], row: str | None) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from sparsegrad_cli.io.paths import remove_folder
 from sparsegrad_cli.recipe.load_recipe import to_plain, with_settings
 from sparsegrad_cli.recipe.study import Cell, LoadedStudy
 from sparsegrad_cli.recipe.yaml_source import dump
+from sparsegrad_cli.records.store import RUN, load_run, write
 from sparsegrad_cli.records.study import (
     BestTrial,
     SearchDimension,
@@ -26,6 +27,7 @@ from sparsegrad_cli.records.study import (
     TuningBlock,
     TuningSeries,
 )
+from sparsegrad_cli.report.render import write_run_report
 from sparsegrad_cli.report.tuning import outcome_words, settings_words
 from sparsegrad_cli.run.folder import adapter_file
 from sparsegrad_cli.study.folder import TRIALS, TUNING, TUNING_BEFORE, StudyFolder
@@ -220,6 +222,9 @@ class Tuning:
         shutil.copytree(self._folder.path / source, folder)
         plain = {**to_plain(cell.loaded.recipe), "output_dir": str(folder.absolute())}
         write_text_atomic(folder / "recipe.yaml", dump(plain))
+        record = load_run(folder).changed(name=folder.name, output_dir=str(folder))
+        write(record, folder / RUN)
+        write_run_report(folder, record)
         remove_weights(self._folder.path / source)
 
 
