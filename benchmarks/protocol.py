@@ -1,16 +1,18 @@
 r"""Level and power of tests over seeds and examples, by simulation (docs/explanation/protocol.md).
 
 python -m benchmarks.protocol data --glue GLUE --out DATA
-python -m benchmarks.protocol pilot STUDY --out docs/results/protocol_pilot.json
+python -m benchmarks.protocol pilot STUDY... --scores docs/results/core_glue.json \
+    --out docs/results/protocol_pilot.json
 python -m benchmarks.protocol simulate --pilot docs/results/protocol_pilot.json \
     --out docs/results/protocol_power.json
 
 ``data`` makes the folder that the studies read: CoLA, RTE and SST-2 as they are, and QNLI divided
 from its development set, since its training set is not at hand. ``pilot`` reads test.csv of the
-runs of a finished comparison, and measures for each task how far runs of one method agree with each
-other, and with those of another method. ``simulate`` draws studies of two methods that agree as
-much, and counts how often each test finds a difference where there is none (level), and where there
-is one of some points (power).
+runs of comparisons, and measures for each task how far runs of one method agree with each other,
+and with those of another method. A few seeds are enough for that, but not for the spread of scores
+over seeds, which comes from an earlier study of more seeds. ``simulate`` draws studies of two
+methods that agree as much, and counts how often each test finds a difference where there is none
+(level), and where there is one of some points (power).
 
 A simulated answer is right if its latent quality is above zero. The quality is the sum of
 independent normal parts: the row (shared by all runs), the row under the method, the run, and a
@@ -28,7 +30,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +129,24 @@ def read_pilot(folder: Path) -> list[TaskModel]:
     ]
 
 
+def with_spread(tasks: Sequence[TaskModel], scores: Path) -> list[TaskModel]:
+    """Return the tasks with the standard deviation over seeds of another study, where it has them.
+
+    Args:
+        tasks: the tasks.
+        scores: compare.json of the study. Variances are averaged over its methods.
+    """
+    rows = json.loads(scores.read_text(encoding="utf-8"))["rows"]
+    found = []
+    for task in tasks:
+        spreads = [row["score_std"] for row in rows if row["task"] == task.name]
+        if spreads:
+            points = 100 * math.sqrt(statistics.mean(spread**2 for spread in spreads))
+            task = replace(task, run_points=points)
+        found.append(task)
+    return found
+
+
 def _task_model(
     name: str,
     metric: str,
@@ -138,6 +158,8 @@ def _task_model(
     between: list[float] = []
     for (first, a), (second, b) in itertools.combinations(runs, 2):
         (within if first == second else between).append(float((a == b).mean()))
+    if not within or not between:
+        raise SystemExit(f"{name}: a pilot needs two methods, and two seeds of one of them")
 
     def recall(label: int) -> float:
         return statistics.mean(float(right[labels == label].mean()) for _, right in runs)
@@ -422,7 +444,8 @@ def main() -> None:
     data.add_argument("--glue", type=Path, required=True, help="folder of the original files")
     data.add_argument("--out", type=Path, required=True)
     pilot = parts.add_parser("pilot")
-    pilot.add_argument("study", type=Path, help="folder of a finished comparison with task.holdout")
+    pilot.add_argument("studies", type=Path, nargs="+", help="folders of runs with task.holdout")
+    pilot.add_argument("--scores", type=Path, help="compare.json of a study with more seeds")
     power = parts.add_parser("simulate")
     power.add_argument("--pilot", type=Path, required=True)
     power.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6, 8, 10])
@@ -440,9 +463,10 @@ def main() -> None:
     if options.part == "data":
         make_data(options.glue, options.out)
     elif options.part == "pilot":
-        save(
-            options.out, "protocol_pilot", {"tasks": [asdict(t) for t in read_pilot(options.study)]}
-        )
+        tasks = [task for study in options.studies for task in read_pilot(study)]
+        if options.scores is not None:
+            tasks = with_spread(tasks, options.scores)
+        save(options.out, "protocol_pilot", {"tasks": [asdict(task) for task in tasks]})
     else:
         save(options.out, "protocol_power", simulate(options))
 

@@ -145,6 +145,8 @@ def _validation_lines() -> list[str]:
 
 
 def _model_words(model: str) -> str:
+    if model == "builtin:mpnet":
+        return "MPNet-base, 110 million parameters"
     if model.startswith("builtin:"):
         return "comes with the package; roberta-base and others are better and are downloaded"
     return "as given"
