@@ -49,7 +49,7 @@ class _State:
     def __init__(self, tell: Callable[[str], None], again: str) -> None:
         self.tell, self.again = tell, again
         self.phase = self.activity = "start"
-        self.deferred = self.requested = False
+        self.deferred = self.requested = self.finishing = False
         self._requests = _Requests()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -111,8 +111,8 @@ def _watch(state: _State, reader: socket.socket) -> None:
                 os._exit(InterruptedRunError.exit_code)
             deadline = None
             state.tell(
-                f"not stopped after {PATIENCE_S:.0f} s: {state.phase} cannot leave "
-                f"{state.activity} halfway; a second signal ends the process at once"
+                f"not stopped after {PATIENCE_S:.0f} s: {_delay(state)}; a second signal ends the "
+                "process at once"
             )
             continue
         if not got:
@@ -125,7 +125,18 @@ def _watch(state: _State, reader: socket.socket) -> None:
             deadline = time.monotonic() + _FORCED_EXIT_S
         elif first:
             deadline = time.monotonic() + PATIENCE_S
-            state.tell(f"asked to stop: {state.phase} ends at the next point where it can")
+            state.tell(
+                f"asked to stop: training is over, and the run ends after {state.phase}"
+                if state.finishing
+                else f"asked to stop: {state.phase} ends at the next point where it can"
+            )
+
+
+def _delay(state: _State) -> str:
+    """Return why the run has not stopped yet."""
+    if state.activity == state.phase:
+        return f"{state.phase} is not over yet"
+    return f"{state.phase} cannot leave {state.activity} halfway"
 
 
 @contextmanager
@@ -142,10 +153,15 @@ def deferred_interrupt() -> Iterator[None]:
         state.deferred = False
 
 
-def set_phase(phase: str) -> None:
-    """Name the phase that begins, for messages to the user."""
+def set_phase(phase: str, *, finishing: bool = False) -> None:
+    """Name the phase that begins, for messages to the user.
+
+    Args:
+        finishing: whether the run no longer checks for a request: it ends as done.
+    """
     if _current is not None:
         _current.phase = _current.activity = phase
+        _current.finishing = finishing
 
 
 def set_activity(activity: str) -> None:

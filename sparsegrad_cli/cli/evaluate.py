@@ -20,7 +20,7 @@ from sparsegrad_cli.cli.arguments import (
 from sparsegrad_cli.cli.output import show
 from sparsegrad_cli.cli.progress import make_observer
 from sparsegrad_cli.errors import UsageError
-from sparsegrad_cli.io.paths import expanded, is_file
+from sparsegrad_cli.io.paths import expanded, is_file, is_folder
 
 File = Annotated[
     Path,
@@ -83,6 +83,12 @@ def evaluate(
     from sparsegrad_cli.report.evaluation import evaluation_screen
 
     source = expanded(str(file))
+    if is_folder(source):
+        raise UsageError(
+            f"expected a file of texts with labels, got the folder {file}",
+            where="command line",
+            fix="name a CSV, TSV, JSON or Parquet file",
+        )
     if not is_file(source):
         raise UsageError(f"the file {file} does not exist", where="command line")
     options = EvaluateOptions(

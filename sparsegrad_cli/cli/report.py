@@ -161,10 +161,13 @@ def _named_run(path: Path, name: str) -> NamedRun:
             fix="name training runs",
         )
     try:
-        recipe = dict(leaves(to_plain(load_recipe(folder / "recipe.yaml", data=False).recipe)))
+        recipe = load_recipe(folder / "recipe.yaml", data=False).recipe
     except SparsegradError:
-        recipe = {}  # The report says so.
-    return NamedRun(name, str(folder), record, recipe)
+        return NamedRun(name, str(folder), record, {})  # The report says so.
+    keys = dict(leaves(to_plain(recipe)))
+    if not (recipe.method.calibrates or recipe.method.reads_batches):
+        keys = {key: held for key, held in keys.items() if not key.startswith("calibration.")}
+    return NamedRun(name, str(folder), record, keys)
 
 
 def _write(folder: Path, document: Document) -> None:

@@ -62,7 +62,14 @@ def load_chat_mix(task: TaskSection) -> RawChat:
         [conversation for raw in raws for conversation in raw.validation],
         raws[0].unit,
         dict(counts),
-        [f"{name}: {note}" for name, raw in zip(names, raws, strict=True) for note in raw.notes],
+        [
+            *(
+                f"{name}: {note}"
+                for name, raw in zip(names, raws, strict=True)
+                for note in raw.notes
+            ),
+            *mixture.notes("conversations"),
+        ],
         mixture=mixture,
     )
 

@@ -39,6 +39,11 @@ def label_list(
     if not isinstance(items, list | tuple):
         kind = type(value).__name__
         raise LabelValueError(f"a {kind} ({value!r:.40}): expected a list of labels")
+    nested = next((item for item in items if isinstance(item, list | tuple | dict)), None)
+    if nested is not None:
+        raise LabelValueError(
+            f"a list that holds {nested!r:.40}: expected words or numbers in the list"
+        )
     return list(dict.fromkeys(label_text(item, class_names) for item in items))
 
 

@@ -40,7 +40,7 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
     tables, notes = files.tables, list(files.notes)
     roles = _roles(tables, task.columns or ColumnsSection())
     notes += _column_notes(tables, roles, task.columns or ColumnsSection())
-    labels = _read_labels(tables, roles, task)
+    labels = _read_labels(files, roles, task)
     parts = [_examples(table, roles, labels.values[at]) for at, table in enumerate(tables)]
     evaluation = dict(
         zip(files.evaluation, parts[len(parts) - len(files.evaluation) :], strict=True)
@@ -67,6 +67,7 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
         sizes = [len(part) for part in trained]
         names, weights = [s.label for s in task.mix], [s.weight for s in task.mix]
         mixture = mix(names, weights, sizes, task.mix_until)
+        notes += mixture.notes("rows")
     train = trained[0] if mixture is None else joined(trained).select(mixture.positions)
     regression, multilabel = labels.names is None, task.type == "multilabel"
     metrics = MULTILABEL_METRICS if multilabel else SCORE_METRICS if regression else ("accuracy",)
@@ -83,15 +84,26 @@ def load_labelled_files(task: TaskSection) -> RawTexts:
         multilabel=multilabel,
     )
     sets = {"validation": joined(validated), **evaluation}
+    notes += _unlabelled_notes(sets) if multilabel else []
     return RawTexts(spec, train, sets, [*notes, *labels.notes], mixture)
 
 
-def _read_labels(tables: Sequence[Table], roles: Mapping[str, str], task: TaskSection) -> Labels:
+def _read_labels(files: _Files, roles: Mapping[str, str], task: TaskSection) -> Labels:
+    tables, sets = files.tables, files.sets
     if task.type != "multilabel":
-        return read_labels(tables, roles["label"], task)
+        return read_labels(tables, sets, roles["label"], task)
     if task.columns is not None and task.columns.labels is not None:
         return read_label_columns(tables, task.columns.labels)
-    return read_label_lists(tables, roles["label"], task.label_separator)
+    return read_label_lists(tables, sets, roles["label"], task.label_separator)
+
+
+def _unlabelled_notes(sets: Mapping[str, Examples]) -> list[str]:
+    """Return a note for each set in which no row has any of several labels."""
+    return [
+        f"no row of {name} has a label: its F1 is 0 whatever the model predicts"
+        for name, rows in sets.items()
+        if not any(map(any, rows.label))
+    ]
 
 
 def check_columns(task: TaskSection) -> None:
@@ -120,6 +132,12 @@ class _Files:
         """The training rows of all sources as one table, then all others."""
         held_out = [table for table in self.validation if table is not None]
         return [concatenated(self.train), *held_out, *self.evaluation.values()]
+
+    @property
+    def sets(self) -> list[str]:
+        """The name of the set of each of the tables."""
+        held_out = ["validation" for table in self.validation if table is not None]
+        return ["training", *held_out, *self.evaluation]
 
 
 def _read_tables(task: TaskSection) -> _Files:
@@ -153,7 +171,8 @@ def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
         roles["label"] = columns.label or "label"
     else:
         roles |= {f"labels.{number}": name for number, name in enumerate(columns.labels)}
-    for table in tables:
+    # A column that one of several files lacks is filled with None if each row names its columns.
+    for table in (part for whole in tables for part in whole.parts or (whole,)):
         for role, column in roles.items():
             if column not in table.columns:
                 shown = role.partition(".")[0]

@@ -52,16 +52,21 @@ class Labels:
     notes: list[str]
 
 
-def read_labels(tables: Sequence[Table], column: str, task: TaskSection) -> Labels:
+def read_labels(
+    tables: Sequence[Table], sets: Sequence[str], column: str, task: TaskSection
+) -> Labels:
     """Read the label column of all files, training first, and decide what the labels are.
 
     ``task.type`` decides, else ``task.metric``, else the labels.
 
+    Args:
+        sets: name of the set of each table, for errors.
+
     Raises:
         UsageError: the labels can be read both ways, or do not fit the settings.
-        DataError: a label is empty, there is only one class, or a class is only in validation.
+        DataError: a label is empty, there is only one class, or a class is not in training.
     """
-    labels = _LabelColumn(tables, column)
+    labels = _LabelColumn(tables, sets, column)
     kind = type_by_settings(task.type, task.metric) or labels.kind()
     if kind == "regression":
         reason = "task.type regression" if task.type else f"task.metric {task.metric}"
@@ -80,8 +85,8 @@ class _LabelColumn:
         notes: filled while the labels are read.
     """
 
-    def __init__(self, tables: Sequence[Table], column: str) -> None:
-        self.tables, self.column = tables, column
+    def __init__(self, tables: Sequence[Table], sets: Sequence[str], column: str) -> None:
+        self.tables, self.sets, self.column = tables, sets, column
         self.declared = declared_names(tables, column)
         self.notes: list[str] = []
         self.parts: list[list[str]] = []
@@ -192,12 +197,13 @@ class _LabelColumn:
         """
         in_training = set(self.parts[0])
         names = self.declared or in_id_order(in_training)
-        for table, part in zip(self.tables[1:], self.parts[1:], strict=True):
+        others = zip(self.tables[1:], self.sets[1:], self.parts[1:], strict=True)
+        for table, set_name, part in others:
             row = next((row for row, text in enumerate(part) if text not in in_training), None)
             if row is not None:
                 known = listed(sorted(in_training))
                 raise DataError(
-                    f"label {part[row]!r} occurs in validation but not in training, row {row + 1}",
+                    f"label {part[row]!r} occurs in {set_name} but not in training, row {row + 1}",
                     where=table.place(row),
                     fix=f"labels in training, which are compared as text: {known}",
                 )

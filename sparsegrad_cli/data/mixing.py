@@ -38,6 +38,26 @@ class Mixture:
         starts = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
         return [starts[source] + row for source, row in self.rows]
 
+    def notes(self, unit: str) -> list[str]:
+        """Return a note on the rows that the proportions leave out, if there are any.
+
+        Args:
+            unit: what a row is, in the plural.
+        """
+        taken = Counter(source for source, _ in set(self.rows))
+        left_out = sum(self.sizes) - taken.total()
+        if not left_out:
+            return []
+        each = ", ".join(
+            f"{name} {taken[number]:,} of {size:,}"
+            for number, (name, size) in enumerate(zip(self.names, self.sizes, strict=True))
+        )
+        most = "MOST DATA IS LEFT OUT: " if left_out > taken.total() else ""
+        return [
+            f"{most}the weights of task.mix take {taken.total():,} of {sum(self.sizes):,} training "
+            f"{unit} ({each}); task.mix_until: all_exhausted takes all of them"
+        ]
+
     def sources(self, kept: Iterable[int]) -> list[MixedSource]:
         """Return the record of each source.
 

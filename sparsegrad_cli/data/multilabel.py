@@ -15,27 +15,32 @@ from sparsegrad_cli.io.suggest import listed
 _FIX = "correct the labels or remove the row"
 
 
-def read_label_lists(tables: Sequence[Table], column: str, separator: str | None) -> Labels:
+def read_label_lists(
+    tables: Sequence[Table], sets: Sequence[str], column: str, separator: str | None
+) -> Labels:
     """Read a column of label lists from all files, training first.
 
     Args:
-        tables: the training table and, if there is one, the validation table.
+        tables: the training table, then those of validation and evaluation.
+        sets: name of the set of each table, for errors.
         column: holds a list in every row (:func:`~.label_lists.label_list`).
         separator: text between two labels of a cell.
 
     Raises:
-        DataError: a cell holds no list, there are fewer than two labels, or a label is only in
-            validation.
+        DataError: a cell holds no list, there are fewer than two labels, or a label is not in
+            training.
     """
     parts = [list(_lists(table, column, separator)) for table in tables]
     known = {name for row in parts[0] for name in row}
+    if not known:
+        raise _no_labels(tables[0])
     names = declared_names(tables, column) or in_id_order(known)
-    for table, part in zip(tables[1:], parts[1:], strict=True):
+    for table, set_name, part in zip(tables[1:], sets[1:], parts[1:], strict=True):
         for number, row in enumerate(part):
             unknown = next((name for name in row if name not in names), None)
             if unknown is not None:
                 raise DataError(
-                    f"label {unknown!r} occurs in validation but not in training",
+                    f"label {unknown!r} occurs in {set_name} but not in training",
                     where=table.place(number),
                     fix=f"labels in training, which are compared as text: {listed(sorted(known))}",
                 )
@@ -79,6 +84,14 @@ def _lists(table: Table, column: str, separator: str | None) -> Iterator[list[st
             ) from None
 
 
+def _no_labels(training: Table) -> DataError:
+    return DataError(
+        "no training row has a label: expected two different labels or more",
+        where=training.source,
+        fix="add training rows with labels",
+    )
+
+
 def _vector(labels: list[str], names: tuple[str, ...]) -> list[float]:
     """Return 1 for each of the names that a row has, and 0 for the others."""
     row = set(labels)
@@ -90,12 +103,14 @@ def _labels(
 ) -> Labels:
     """Return the labels of all rows as vectors of 0 and 1, with notes."""
     counts = Counter(name for row in parts[0] for name in row)
-    if len(names) < 2 or not counts:
-        what = f"every label is {names[0]!r}" if names else "no training row has a label"
+    if not counts:
+        raise _no_labels(tables[0])
+    if len(names) < 2:
         raise DataError(
-            f"{what}: expected two different labels or more",
+            f"every label is {names[0]!r}: expected two different labels or more",
             where=tables[0].source,
-            fix="for one class a row, leave task.type out",
+            fix="add rows with another label; or give every row one class, such as yes and no in "
+            "place of the lists, and leave task.type out",
         )
     values = [[_vector(row, names) for row in part] for part in parts]
     rows = [row for part in parts for row in part]

@@ -220,7 +220,7 @@ def stack(layers: list[Layer]) -> Layer:
 
 
 def _drop_weaker_alternatives(layer: Layer) -> None:
-    """Keep the stronger of two keys that replace each other.
+    """Keep the stronger of two keys that replace each other, with a note.
 
     If both come from the same layer, both stay, and the schema refuses them.
     """
@@ -230,14 +230,19 @@ def _drop_weaker_alternatives(layer: Layer) -> None:
             continue
         method = settings_class(data) if section == "method" else None
         names = _ALTERNATIVES.get(section) or (method.rivals if method else ())
-        strengths = {
-            name: layer.places[section, name].strength
+        places = {
+            name: layer.places[section, name]
             for name in names
             if data.get(name) is not None and (section, name) in layer.places
         }
-        for name, strength in strengths.items():
-            if strength < max(strengths.values()):
+        strongest = max(places, key=lambda name: places[name].strength, default="")
+        for name, place in places.items():
+            if place.strength < places[strongest].strength:
                 del data[name]
+                layer.notes.append(
+                    f"{section}.{name} ({place}) has no effect: {section}.{strongest} "
+                    f"({places[strongest]}) overrules it"
+                )
 
 
 def _ranked(layer: Layer, strength: int, strongest: int) -> dict[KeyPath, Place]:

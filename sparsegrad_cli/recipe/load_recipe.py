@@ -91,7 +91,7 @@ def load_recipe(
         layers.append(setting("output_dir", str(output_dir)))
         anchor_paths(layers[-1].data, Path.cwd())
     loaded, idle = resolve(stack(layers), name, data=data)
-    return replace(loaded, notes=tuple(found.note() for found in idle))
+    return replace(loaded, notes=(*loaded.notes, *(found.note() for found in idle)))
 
 
 def resolve(layer: Layer, source: str, *, data: bool = True) -> tuple[LoadedRecipe, list[Found]]:
@@ -114,7 +114,7 @@ def resolve(layer: Layer, source: str, *, data: bool = True) -> tuple[LoadedReci
     problems += recipe_problems(written if problems else recipe, layer.places, data=data)
     if problems:
         raise RecipeError(problems)
-    return LoadedRecipe(recipe, source, layer.places), idle
+    return LoadedRecipe(recipe, source, layer.places, tuple(layer.notes)), idle
 
 
 def check(layer: Layer, schema: type[SectionT]) -> SectionT:
@@ -125,6 +125,8 @@ def check(layer: Layer, schema: type[SectionT]) -> SectionT:
         checked = schema.model_validate(_lists_to_tuples(layer.data))
     except ValidationError as error:
         for detail in error.errors(include_url=False)[: _MOST_PROBLEMS + 1]:
+            if _counts_valid_items_only(detail):
+                continue
             path, what, fix = explain(detail, schema)
             place = find_place(layer.places, path)
             what += _others(detail, path, layer)
@@ -132,6 +134,17 @@ def check(layer: Layer, schema: type[SectionT]) -> SectionT:
     if problems or checked is None:
         raise RecipeError(_sorted(problems))
     return checked
+
+
+def _counts_valid_items_only(detail: Any) -> bool:
+    """Return whether a list is long enough, and pydantic has left its invalid items out.
+
+    Each of those has a problem of its own.
+    """
+    given = detail["input"]
+    if detail["type"] != "too_short" or not isinstance(given, tuple):
+        return False
+    return bool(len(given) >= detail["ctx"]["min_length"])
 
 
 def _others(detail: Any, blamed: KeyPath, layer: Layer) -> str:

@@ -93,6 +93,8 @@ def _type_problem(detail: Mapping[str, Any]) -> str:
             if length
             else ("the list is empty")
         )
+    if kind == "string_too_short" and not given:
+        return "expected a text, got an empty one"
     if kind == "too_long":
         return f"expected at most {context['max_length']} values, got {context['actual_length']}"
     given = list(given) if isinstance(given, tuple) else given  # as YAML writes it

@@ -34,6 +34,9 @@ from sparsegrad_cli.recipe.section import (
 )
 from sparsegrad_cli.recipe.task_section import TaskSection
 
+# Weights of classes enter the loss in float32: its smallest normal number, and about its largest.
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1.2e-38, 3.4e38
+
 
 class ModelSection(Section):
     """The model. ``model: NAME`` is short for ``model: {name: NAME}``."""
@@ -409,6 +412,11 @@ class TrainSection(Section):
             plain = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not plain or not 0 < weight < math.inf:
                 raise ValueError(f"expected weights above 0, got {weight!r:.60}")
+            if not _SMALLEST_WEIGHT <= weight <= _LARGEST_WEIGHT:
+                raise ValueError(
+                    f"expected weights from {_SMALLEST_WEIGHT} to {_LARGEST_WEIGHT}, which float32 "
+                    f"can hold, got {weight!r:.60}"
+                )
         return value
 
     @field_validator("optim", mode="before")

@@ -121,6 +121,7 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
     problems.add(test_problems(study, source.name))
     cells: list[Cell] = []
     idle: list[Found] = []
+    overruled: dict[str, None] = {}  # notes on settings that all methods share
     tasks = tuple(enumerate(study.tasks)) or ((-1, None),)
     rows = tuple(enumerate(study.methods))
     for (at, task), seed, (row, entry) in itertools.product(tasks, study.seeds, rows):
@@ -128,6 +129,7 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
             break
         shared = layers.of_all_methods(at, task, seed)
         resolved = stack(shared)
+        overruled |= dict.fromkeys(resolved.notes)
         problems.add(rank_problems(study, entry, resolved))
         own = layers.of_method(at, task, row, resolved.data)
         try:
@@ -147,7 +149,7 @@ def expand(study: Study, source: StudySource) -> LoadedStudy:
         problems.add(row_space_problems(study, by_label, source.name))
     if problems:
         raise RecipeError(list(problems.values()))
-    notes = tuple(each.note() for each in everywhere if each.lenient)
+    notes = (*overruled, *(each.note() for each in everywhere if each.lenient))
     return LoadedStudy(study, source.name, tuple(cells), source.match_place, notes=notes)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,16 @@ class Place:
 
 @dataclass
 class Layer:
-    """Settings from one source: plain data, and the place of each key path in it."""
+    """Settings from one source: plain data, and the place of each key path in it.
+
+    Attributes:
+        notes: What the user should know of stacked layers.
+    """
 
     data: dict[str, Any]
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_yaml(path: Path, shown_as: str | None = None) -> Layer:
@@ -144,20 +149,27 @@ def parse_override(text: str) -> Layer:
     """Parse ``key.path=value`` into a layer with that one key; the value is read as YAML.
 
     Raises:
-        RecipeError: There is no ``=``, the key is empty, or the value is not YAML.
+        RecipeError: There is no ``=``, the key is empty, the value is not YAML, or a key in it is
+            written twice.
     """
     key, sign, raw = text.partition("=")
-    parts = key.strip().split(".")
+    parts, written = key.strip().split("."), Layer({})
     if not sign or not all(parts) or len(parts) > MOST_DEPTH:
         fix = "write overrides as key.path=value, for example train.learning_rate=1e-4"
         raise RecipeError([Place(COMMAND_LINE).problem(clip(text), "is not an override", fix)])
     try:
         if len(raw) > MOST_BYTES:
             raise yaml.YAMLError(f"it has more than {MOST_BYTES // 1024} KiB")
-        value = load(raw, key=parts[-1])
+        value = load(
+            raw,
+            lambda node: _collect_places(node, tuple(parts), COMMAND_LINE, written),
+            key=parts[-1],
+        )
     except yaml.YAMLError as error:
         what = f"value {shorten(raw)} is not valid YAML: {clip(fault_of(error, raw)[0])}"
         raise RecipeError([Place(COMMAND_LINE).problem(clip(key), what)]) from None
+    if written.problems:
+        raise RecipeError([replace(problem, line=None) for problem in written.problems])
     return setting(key, value)
 
 

@@ -5,6 +5,7 @@ A run writes its record at every milestone, so a running or failed run has only 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -495,6 +496,11 @@ class PrecisionBlock(Block):
     matmul: str | None = Field(None, description="torch's setting for float32 matrix products.")
     device: str | None = None
 
+    @property
+    def formats(self) -> PrecisionBlock:
+        """The block without the numbers of parameters, which differ with a head's labels."""
+        return self.changed(weights=dict.fromkeys(self.weights, 0))
+
 
 class HashesBlock(Block):
     """Digests (sha256, hex) that show whether runs of a comparison had the same inputs."""
@@ -502,7 +508,11 @@ class HashesBlock(Block):
     data: str | None = None
     body: str | None = Field(None, description="The model's weights without the head.")
     head_init: str | None = None
-    precision: str | None = None
+    precision: str | None = Field(
+        None,
+        description="Of the block `precision` without the numbers of parameters; records of older "
+        "versions count them in, so compare the blocks.",
+    )
     order: dict[StepKey, str] = Field({}, description="By step: all batches up to it.")
     rows: dict[StepKey, str] = Field(
         {}, description="By step: all rows up to it, without padding and regardless of batches."
@@ -584,3 +594,10 @@ class RunRecord(Record):
     sizes: SizesBlock | None = None
     environment: EnvironmentBlock | None = None
     git: GitBlock | None = None
+
+    @property
+    def number_formats(self) -> str | None:
+        """What runs of equal precision share, as text; None if it was not recorded."""
+        if self.precision is not None:
+            return json.dumps(self.precision.formats.to_json(), sort_keys=True)
+        return self.hashes.precision if self.hashes else None

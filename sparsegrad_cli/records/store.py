@@ -153,6 +153,12 @@ def validated(model: type[R], found: Mapping[str, Any], file: Path) -> R:
 
 def _find(path: Path) -> Path:
     if not is_folder(path):
+        if is_file(path) and path.name not in FILES:
+            raise UsageError(
+                f"expected a run's folder, got the file {path}",
+                where="command line",
+                fix="name the folder of a run or a comparison",
+            )
         if exists(path):
             return path
         raise UsageError(f"{path} does not exist", fix="name the folder of a run or a comparison")

@@ -41,7 +41,6 @@ from sparsegrad_cli.report.svg import (
     whole_steps,
 )
 from sparsegrad_cli.report.units import (
-    NOT_RECORDED,
     NOTHING,
     TRAIN_STEP,
     format_count,
@@ -107,25 +106,25 @@ def incomparable(runs: Sequence[NamedRun]) -> list[str]:
     unfinished = [each.name for each in runs if each.run.status != "done" and _score(each)]
     reasons += [f"not finished: {listed(unfinished)}"] if unfinished else []
     differing: tuple[tuple[str, Callable[[RunRecord], object]], ...] = (
-        ("other metric", lambda run: run.task and (run.task.metric, run.task.positive_label)),
-        ("other task", lambda run: run.task and run.task.name),
-        ("other data", lambda run: run.hashes and run.hashes.data),
-        ("other seed", lambda run: run.seed),
+        ("metric", lambda run: run.task and (run.task.metric, run.task.positive_label)),
+        ("task", lambda run: run.task and run.task.name),
+        ("data", lambda run: run.hashes and run.hashes.data),
+        ("seed", lambda run: run.seed),
     )
     for what, value in differing:
-        found = [value(each.run) for each in runs]
-        if len(set(found)) > 1:
-            shown = ", ".join(
-                f"{each.name} {_brief(v)}" for each, v in zip(runs, found, strict=True)
-            )
-            reasons.append(f"{what}: {shown}")
+        found = {each.name: value(each.run) for each in runs}
+        known = {name: held for name, held in found.items() if held is not None}
+        if len(set(known.values())) > 1:
+            shown = ", ".join(f"{name} {_brief(held)}" for name, held in known.items())
+            reasons.append(f"other {what}: {shown}")
+        unknown = [each.name for each in runs if each.name not in known and _score(each)]
+        if unknown:
+            reasons.append(f"{what} not recorded: {listed(unknown)}")
     return reasons
 
 
 def _brief(value: object) -> str:
     """Return a value of a run, with long digests cut."""
-    if value is None:
-        return NOT_RECORDED
     text = str(value[0]) if isinstance(value, tuple) else str(value)
     return f"{text[:12]}…" if len(text) == 64 else text
 
@@ -205,6 +204,11 @@ def _costs(runs: Sequence[NamedRun]) -> Table:
     def seconds(key: str, each: NamedRun) -> str:
         return format_seconds(getattr(each.run.time, key) if each.run.time else None)
 
+    def calibrate(each: NamedRun) -> str:
+        # Only methods that calibrate leave the block.
+        none = each.run.status == "done" and each.run.calibration is None
+        return "none" if none else seconds("calibrate_s", each)
+
     def trainable(each: NamedRun) -> str:
         return format_count(each.run.counts.trainable if each.run.counts else None)
 
@@ -216,7 +220,7 @@ def _costs(runs: Sequence[NamedRun]) -> Table:
         Column("trainable", trainable),
         Column("peak of a step, MiB", memory),
         Column("beyond the weights, MiB", beyond),
-        Column("calibrate", partial(seconds, "calibrate_s")),
+        Column("calibrate", calibrate),
         Column("train", partial(seconds, "train_s")),
         Column("steps/s", speed),
         Column("total", partial(seconds, "total_s")),
@@ -252,7 +256,7 @@ def _checks(runs: Sequence[NamedRun]) -> list[Check]:
         ("base model", lambda run: run.model and run.model.fingerprint),
         ("data", lambda run: run.hashes and run.hashes.data),
         ("initial head", lambda run: run.hashes and run.hashes.head_init),
-        ("precision", lambda run: run.hashes and run.hashes.precision),
+        ("precision", lambda run: run.number_formats),
         ("order of the batches", _order_of(runs)),
     )
     checks = []

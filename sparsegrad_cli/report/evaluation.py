@@ -80,7 +80,9 @@ def _scores(record: EvaluationRecord) -> Table:
     rows = counted(record.rows, "row")
     notes = [rows if record.loss is None else f"mean loss {format_number(record.loss)} on {rows}"]
     if record.threshold is not None:
-        notes.append(f"a label is predicted above the threshold {format_number(record.threshold)}")
+        notes.append(
+            f"a label is predicted if its probability is at least {format_number(record.threshold)}"
+        )
     notes += [f"{counted(record.cut, 'row')} cut to the model's length"] if record.cut else []
     if record.resamples:
         notes.append(f"intervals: {_interval_words(record)}")

@@ -227,6 +227,7 @@ def write_report(writer: RunWriter, observer: Observer) -> None:
     """
     from sparsegrad_cli.report.render import write_run_report
 
+    interruption.set_phase("writing the report", finishing=True)
     observer.phase("report")
     try:
         write_run_report(writer.path, writer.record)

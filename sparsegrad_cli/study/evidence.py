@@ -108,7 +108,7 @@ def _check(task: str, seed: int, runs: Sequence[RunRecord]) -> Check:
         same_data=_same([each.data if each else None for each in hashes]),
         same_head_init=_same([each.head_init if each else None for each in hashes]),
         same_model=_same_model(runs),
-        same_precision=_same([each.precision if each else None for each in hashes]),
+        same_precision=_same([run.number_formats for run in runs]),
         same_order=same_order,
         steps_compared=last,
         same_code=_same([_code(run) for run in runs]),

@@ -231,7 +231,7 @@ def loaded_blocks(recipe: Recipe, setup: Setup) -> dict[str, Block]:
             data=task.data_hash,
             body=setup.body_hash,
             head_init=setup.head_hash,
-            precision=hash_block(setup.precision),
+            precision=hash_block(setup.precision.formats),
         ),
     }
 

@@ -8,7 +8,8 @@ bit (on a CPU) as if it had never stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -228,6 +229,7 @@ class TrainingLoop:
                     break
                 if not plan.ends_epoch(progress.step):
                     self._stop_if_requested()
+        self._stop_if_requested()  # The weights of the last step are replaced by the best ones.
         if plan.keeps_best and self.best_checkpoint is not None:
             files.load_best_weights(self.best_checkpoint, self.setup.model, self.method)
 
@@ -310,8 +312,18 @@ class TrainingLoop:
         evaluations, step = self.log.evaluations, self.progress.step
         if evaluations and evaluations[-1].step == step:
             return evaluations[-1]
+        return self.evaluator.evaluate(step)
+
+    @contextmanager
+    def resumable_end(self) -> Iterator[None]:
+        """Leave a checkpoint if the user stops the run inside; check for it once more at the end.
+
+        Raises:
+            InterruptedRunError: The user asked to stop.
+        """
         try:
-            return self.evaluator.evaluate(step)
+            yield
+            interruption.raise_if_requested("saving the adapter")
         except InterruptedRunError:
             if not self.plan.keeps_best:  # Or the weights may be those of another step.
                 self._save_now()

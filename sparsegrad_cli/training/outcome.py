@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sparsegrad_cli import distributed
+from sparsegrad_cli import distributed, interruption
 from sparsegrad_cli.io.paths import remove_folder
 from sparsegrad_cli.recipe.schema import TrainSection
 from sparsegrad_cli.records.metric_direction import scale_of
@@ -90,10 +90,12 @@ def record_outcome(loop: TrainingLoop) -> None:
         counts=with_touched(counts, loop.prepared.counts, setup.model, loop.optimizer),
         sparsity=sparsity_map(setup.targets, setup.model, loop.method, loop.optimizer),
     )
-    final = loop.final_evaluation()
-    history = loop.log.evaluations
-    best = _best(history, loop) if loop.plan.keeps_best else final
-    test = _test(loop, best) if setup.test else None
+    with loop.resumable_end():
+        final = loop.final_evaluation()
+        history = loop.log.evaluations
+        best = _best(history, loop) if loop.plan.keeps_best else final
+        test = _test(loop, best) if setup.test else None
+    interruption.set_phase("writing the adapter and the report", finishing=True)
     loop.open_run.seconds["evaluate_s"] = loop.evaluator.seconds
     _save_adapter(loop)
     setup.meter.watch(setup.model)  # Looks again: bounded optimizer state has grown.

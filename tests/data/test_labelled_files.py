@@ -141,6 +141,15 @@ def test_unseen_label_gives_value_and_first_row(tmp_path: Path) -> None:
     assert "validation.csv:3" in str(caught.value) and "no, yes" in str(caught.value)
 
 
+def test_unseen_label_names_the_evaluation_set(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(TWO + "fine,yes\nawful,no\n")
+    (tmp_path / "other.csv").write_text("text,label\nx,maybe\n")
+    with pytest.raises(DataError, match="'maybe' occurs in ood but not in training"):
+        load_task(
+            "csv", path=tmp_path / "train.csv", evaluation={"ood": str(tmp_path / "other.csv")}
+        )
+
+
 def test_a_word_among_numbers_is_an_unseen_label(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="occurs in validation but not in training"):
         folder_task(tmp_path, "text,label\na,0\nb,1\n", TWO)

@@ -52,6 +52,18 @@ def test_a_row_is_repeated_only_after_all_others_of_its_source() -> None:
     assert len(set(unique)) == len(unique) == 8
 
 
+def test_rows_that_the_weights_leave_out_are_counted_in_a_note() -> None:
+    assert mix("ab", (3, 1), (300, 100), "first_exhausted").notes("rows") == []
+    assert mix("ab", (3, 1), (300, 1000), "all_exhausted").notes("rows") == []
+    (some,) = mix("ab", (1, 1), (1000, 1500), "first_exhausted").notes("rows")
+    assert some == (
+        "the weights of task.mix take 2,000 of 2,500 training rows (a 1,000 of 1,000, b 1,000 of "
+        "1,500); task.mix_until: all_exhausted takes all of them"
+    )
+    (most,) = mix("ab", (1, 1), (216, 1), "first_exhausted").notes("rows")
+    assert most.startswith("MOST DATA IS LEFT OUT: the weights of task.mix take 2 of 217 ")
+
+
 def test_the_mixture_is_the_same_in_every_run_and_interleaves_its_sources() -> None:
     one, other = (mix("ab", (1, 1), (100, 300), "first_exhausted") for _ in range(2))
     assert one == other
@@ -99,6 +111,47 @@ def test_labelled_files_are_mixed_and_split_by_source(files: Path) -> None:
     held_out = Counter(text.split()[0] for text in found.validation["validation"]["text"])
     assert held_out == {"big": 10, "held": 6}
     assert not set(found.train["text"]) & set(found.validation["validation"]["text"])
+
+
+def test_the_note_on_left_out_rows_is_the_tasks(files: Path) -> None:
+    found = load_task("csv", mix=sources(files), validation_fraction=0.5)
+    assert any("take 27 of 30 training rows (big 20 of 20, " in note for note in found.notes)
+
+
+def test_a_source_without_the_column_is_named(tmp_path: Path) -> None:
+    rows = [{"text": f"row {n}", "label": n % 2} for n in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps(chat)] * 3))
+    mixed = tuple(SourceSection(path=str(tmp_path / name)) for name in ("a.jsonl", "chat.jsonl"))
+    with pytest.raises(UsageError, match=r"no column 'text' for the text in .*chat\.jsonl"):
+        load_task("json", mix=mixed)
+
+
+def test_a_mixture_from_the_command_line_overrules_the_path_with_a_note(files: Path) -> None:
+    recipe = files / "r.yaml"
+    recipe.write_text(f"task: {{name: csv, path: {files / 'small'}}}\n")
+    mixed = f"task.mix=[{files / 'small'}, {files / 'other.csv'}]"
+    loaded = load_recipe(recipe, (mixed,))
+    assert loaded.recipe.task.path is None
+    assert loaded.notes == (
+        f"task.path ({recipe}:1) has no effect: task.mix (command line) overrules it",
+    )
+    assert load_recipe(recipe).notes == ()
+
+
+def test_a_bad_source_is_one_problem(files: Path) -> None:
+    good = {"path": str(files / "small")}
+    for bad, problem in (
+        ({"path": str(files / "big"), "weight": -1}, "task.mix[1].weight"),
+        ({"path": str(files / "big"), "name": ""}, "expected a text, got an empty one"),
+    ):
+        mixed = f"task.mix={json.dumps([good, bad])}"
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(None, ("task=csv", mixed))
+        assert len(caught.value.problems) == 1 and problem in str(caught.value)
+    with pytest.raises(RecipeError, match="at least 2 values, got 1"):
+        load_recipe(None, ("task=csv", f"task.mix={json.dumps([good])}"))
 
 
 def test_a_limit_counts_the_rows_that_are_left(files: Path) -> None:

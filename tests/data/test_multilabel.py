@@ -91,7 +91,8 @@ def test_lists_of_class_ids_are_read_by_name(tmp_path: Path) -> None:
     [
         ([["t", "a;b"]], {}, "'a;b'): expected a list of labels"),
         ([["t", ""]], {}, "missing: write []"),
-        ([["t", '["a", ["b"]]']], {}, "a list: expected a word or a number"),
+        ([["t", '["a", ["b"]]']], {}, "a list that holds ['b']: expected words or numbers"),
+        ([["t", '[["a"]]']], {}, "a list that holds ['a']: expected words or numbers"),
         ([["t", '["a"]']], {}, "every label is 'a'"),
         ([["t", "[]"]], {}, "no training row has a label"),
         ([["t", "2"]], {"columns": {"labels": ("label", "text2")}}, "no column 'text2'"),
@@ -104,7 +105,35 @@ def test_unusable_labels_are_refused(
     with pytest.raises(SparsegradError) as caught:
         read_task(task(path, **settings))
     assert says in str(caught.value)
-    assert caught.value.fix
+    # The type is set already, and one label of lists cannot be read without it.
+    assert caught.value.fix and "task.type: multilabel" not in str(caught.value)
+    assert "for one class a row" not in caught.value.fix
+
+
+def test_a_label_that_training_lacks_names_its_set(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", ["text", "label"], [["t", '["a", "b"]']] * 3)
+    other = write(tmp_path / "other.csv", ["text", "label"], [["t", '["c"]']])
+    with pytest.raises(SparsegradError, match="'c' occurs in ood but not in training"):
+        read_task(task(train, evaluation={"ood": str(other)}))
+
+
+def test_validation_labels_without_training_labels(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", ["text", "label"], [["t", "[]"]] * 3)
+    write(tmp_path / "validation.csv", ["text", "label"], [["t", '["a"]']])
+    with pytest.raises(SparsegradError, match="no training row has a label"):
+        read_task(task(tmp_path))
+    flags = write(tmp_path / "flags.csv", ["text", "a", "b"], [["t", 0, 0]] * 3)
+    with pytest.raises(SparsegradError, match="no training row has a label"):
+        read_task(task(flags, columns={"labels": ("a", "b")}))
+
+
+def test_a_set_without_labels_is_noted(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", ["text", "label"], [["t", '["a", "b"]'], ["u", '["b"]']])
+    write(tmp_path / "validation.csv", ["text", "label"], [["t", "[]"]])
+    other = write(tmp_path / "other.csv", ["text", "label"], [["t", '["b"]']])
+    raw = read_task(task(tmp_path, evaluation={"ood": str(other)}))
+    found = [note for note in raw.notes if "F1 is 0" in note]
+    assert found == ["no row of validation has a label: its F1 is 0 whatever the model predicts"]
 
 
 def test_a_flag_that_is_not_0_or_1_is_refused_with_its_column(tmp_path: Path) -> None:

@@ -165,3 +165,5 @@ def test_bad_rows_are_refused(
     assert (ended.code, expected in ended.flat) == (2, True), ended.err
     assert not (tmp_path / "report").exists()
     assert cli("evaluate", str(run), "nowhere.csv").code == 2
+    folder = cli("evaluate", str(run), str(run))
+    assert folder.code == 2 and "got the folder" in folder.err and "fix" in folder.err

@@ -174,6 +174,7 @@ def test_numbers_of_an_evaluation_are_those_of_the_formulas(
     folder = tmp_path / "report"
     shown = cli("evaluate", str(run), str(source), "--resamples", "0", "-o", str(folder))
     assert "How well each label is found" in shown.out and "micro F1" in shown.out
+    assert "a label is predicted if its probability is at least 0." in " ".join(shown.out.split())
     page = (folder / "report.html").read_text()
     assert "By label" in page and "Confusion matrix" not in page
 

@@ -251,6 +251,8 @@ def test_overrides_without_equals_or_with_bad_yaml_are_refused(tmp_path: Path) -
     assert "no such file" in next(iter(problems_of(tmp_path / "missing.yaml").values()))
     twice = write(tmp_path, "t.yaml", "seed: 1\nseed: 2\n")
     assert "written twice" in problems_of(twice)["seed"]
+    within = problems_of(None, "train.class_weights={good: 5, good: 6}")
+    assert "written twice" in within["train.class_weights.good"]
     listing = write(tmp_path, "l.yaml", "- 1\n- 2\n")
     assert "mapping" in next(iter(problems_of(listing).values()))
 

@@ -90,3 +90,10 @@ def test_autocast_that_this_machine_lacks_is_refused(overrides: tuple[str, ...])
 def test_autocast_that_every_machine_has_is_accepted() -> None:
     for overrides in ((), ("train.bf16=true", "train.use_cpu=true"), ("train.bf16=true",)):
         check_autocast(load_recipe(None, overrides))
+
+
+@pytest.mark.parametrize("weight", ["1e300", "1e-300", "3.5e38", "1e-39"])
+def test_class_weights_that_float32_cannot_hold_are_refused(weight: str) -> None:
+    with pytest.raises(RecipeError, match="which float32 can hold"):
+        load_recipe(None, (f"train.class_weights={{good: {weight}}}",))
+    assert load_recipe(None, ("train.class_weights={good: 1e38}",)).recipe.train.class_weights

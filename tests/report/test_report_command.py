@@ -61,6 +61,7 @@ def test_runs_are_set_side_by_side_with_what_differs(cli: Cli, tmp_path: Path) -
     [
         ({"seed": 7}, "other seed: a 42, b 7"),
         ({"hashes": {"data": "other"}}, "other data: a hex, b other"),
+        ({"hashes": None}, "data not recorded: b"),
         ({"task": run_record()["task"] | {"metric": "accuracy"}}, "other metric: a matthews_corr"),
         ({"status": "failed", "metrics": None}, "b has no score (failed)"),
     ],
@@ -74,6 +75,55 @@ def test_runs_that_cannot_be_compared_get_no_verdict(
     assert shown.code == 0, shown.err
     assert f"Not comparable, so no verdict: {reason}" in said(shown)
     assert "not tested" not in said(shown) and not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_run_without_scores_does_not_count_as_one_of_another_task(
+    cli: Cli, tmp_path: Path
+) -> None:
+    save_run(tmp_path / "a", **scored(0.6))
+    nothing = {"status": "interrupted", "metrics": None, "task": None, "hashes": None}
+    save_run(tmp_path / "b", **nothing)
+    shown = cli("report", "a", "b")
+    assert "no verdict: b has no score (interrupted) " in said(shown)
+    assert "other " not in said(shown).partition("Scores on")[0]
+
+
+def test_only_runs_that_calibrate_have_settings_of_calibration(cli: Cli, tmp_path: Path) -> None:
+    save_run(tmp_path / "a", "calibration.steps=7", **scored(0.6))
+    plain = scored(0.65) | {"calibration": None, "method": {"name": "lora"}}
+    for name in ("b", "c"):
+        save_run(tmp_path / name, "method=lora", **plain)
+    shown = cli("report", "a", "b")
+    assert shown.code == 0, shown.err
+    (steps,) = [line for line in shown.out.splitlines() if "calibration.steps" in line]
+    assert steps.split() == ["calibration.steps", "7", "–"]
+    costs = said(shown).partition("Memory and time")[2].partition("times compare")[0]
+    assert " none " in costs and "not recorded" not in costs
+    assert "calibration." not in cli("report", "b", "c").out
+
+
+def test_precision_does_not_depend_on_the_number_of_parameters(cli: Cli, tmp_path: Path) -> None:
+    """Records of older versions hold a digest that counts the parameters of the head."""
+    block = {"autocast": None, "matmul": "highest", "device": "cpu"}
+    for name, heads, dtype in (
+        ("two", 770, "float32"),
+        ("three", 1155, "float32"),
+        ("half", 770, "float16"),
+    ):
+        hashes = run_record()["hashes"] | {"precision": f"digest of {heads} {dtype}"}
+        precision = block | {"weights": {dtype: 22_000_000 + heads}}
+        save_run(tmp_path / name, hashes=hashes, precision=precision)
+    assert "The same precision." in said(cli("report", "two", "three"))
+    assert "NOT the same precision." in said(cli("report", "two", "half"))
+
+
+def test_a_file_of_another_kind_is_not_a_damaged_record(cli: Cli, tmp_path: Path) -> None:
+    save_run(tmp_path / "a", **scored(0.6))
+    (tmp_path / "two.csv").write_text("text,label\nx,y\n")
+    for arguments in (("two.csv",), ("a", "two.csv")):
+        refused = cli("report", *arguments)
+        assert refused.code == 2 and "damaged" not in refused.err
+        assert "expected a run's folder, got the file two.csv" in " ".join(refused.err.split())
 
 
 def test_a_killed_run_shows_its_best_score_and_its_curves(cli: Cli, tmp_path: Path) -> None:

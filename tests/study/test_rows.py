@@ -94,6 +94,16 @@ def test_rows_with_other_target_modules_may_have_the_same_model() -> None:
     assert checks_of(cells)[0]["same_model"] is False
 
 
+def test_rows_of_other_heads_may_have_the_same_precision() -> None:
+    cells = [cell("a", 0, 0.5), cell("a", 0, 0.5)]
+    for each, count in zip(cells, (770, 1155), strict=True):
+        each["run"]["hashes"]["precision"] = f"digest of {count}"
+        each["run"]["precision"] = {"weights": {"float32": count}, "matmul": "highest"}
+    assert checks_of(cells)[0]["same_precision"] is True
+    cells[1]["run"]["precision"]["matmul"] = "medium"
+    assert checks_of(cells)[0]["same_precision"] is False
+
+
 def test_checks_compare_at_the_last_common_step() -> None:
     same = checks_of([cell("a", 0, 0.5), cell("a", 0, 0.5)])
     assert same[0]["same_order"] is True and same[0]["steps_compared"] == 20

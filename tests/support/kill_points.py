@@ -221,6 +221,32 @@ def _interrupted_evaluating(count: int) -> None:
     _asked_to_stop(loaders, "ValidationBatch", count)
 
 
+@kill_point("interrupted-judged", "SIGTERM after the last batch of an evaluation")
+def _interrupted_judged(count: int) -> None:
+    from sparsegrad_cli.training.evaluation import Evaluator
+
+    patch_call(
+        Evaluator,
+        "judge_splits",
+        count,
+        after=lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM),
+    )
+
+
+@kill_point("interrupted-recording", "SIGTERM in the last phase, before anything is evaluated")
+def _interrupted_recording(count: int) -> None:
+    from sparsegrad_cli.training import outcome
+
+    _asked_to_stop(outcome, "sparsity_map", count)
+
+
+@kill_point("interrupted-saving", "SIGTERM while the adapter is written")
+def _interrupted_saving(count: int) -> None:
+    from sparsegrad_cli.training import outcome
+
+    _asked_to_stop(outcome, "save_adapter", count)
+
+
 @kill_point("interrupted-loading", "SIGTERM while model and data are loaded")
 def _interrupted_loading(count: int) -> None:
     from sparsegrad_cli.tasks import setup

@@ -79,6 +79,62 @@ def test_interrupted_evaluation_is_repeated_first_on_resume(
     assert results(record(run)) == results(record(whole))
 
 
+AT_THE_END = ("train.max_steps=6", "train.early_stopping_patience=null")
+# The last weights, without a checkpoint of their own, are measured on a test set.
+TESTED = (
+    *AT_THE_END,
+    *("task.holdout=12", "train.load_best_model_at_end=false", "train.save_strategy=no"),
+)
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "settings", "words"),
+    [
+        # The evaluations before training and after steps 2, 4 and 6; then that of the test set.
+        ("interrupted-judged", 4, AT_THE_END, "stopped after step 6 of 6; checkpoint-6 is saved"),
+        ("interrupted-recording", 1, AT_THE_END, "stopped in the evaluate phase (best model)"),
+        ("interrupted-judged", 4, TESTED, "stopped after step 6 of 6; checkpoint-6 is saved"),
+        ("interrupted-judged", 5, TESTED, "stopped in the evaluate phase (test)"),
+    ],
+)
+def test_request_after_the_last_step_stops_the_run(
+    workspace: Workspace, point: str, count: int, settings: tuple[str, ...], words: str
+) -> None:
+    whole, run = workspace.new_run(), workspace.new_run()
+    assert workspace.train("lora", whole, *settings).code == 0
+    ended = workspace.train("lora", run, *settings, point=point, count=count)
+    assert ended.code == 130, ended.err
+    assert record(run)["status"] == "interrupted" and not (run / "adapter").exists()
+    assert words in flat(ended) and "--resume" in flat(ended)
+    resumed = workspace.train("lora", run, *settings, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert record(run)["resumed_from"] == 6  # no step is taken again
+    assert weights(run) == weights(whole)
+    assert results(record(run)) == results(record(whole))
+
+
+def test_request_while_the_adapter_is_written_says_that_the_run_is_finished(
+    workspace: Workspace,
+) -> None:
+    run = workspace.new_run()
+    ended = workspace.train("lora", run, *AT_THE_END, point="interrupted-saving")
+    assert ended.code == 0 and record(run)["status"] == "done"
+    assert (
+        "asked to stop: training is over, and the run ends after writing the adapter and the report"
+        in flat(ended)
+    )
+
+
+def test_delay_is_explained_by_the_phase_that_is_on() -> None:
+    from sparsegrad_cli.interruption import _delay, _State
+
+    state = _State(tell=lambda text: None, again="")
+    state.phase = state.activity = "the evaluate phase (test)"
+    assert _delay(state) == "the evaluate phase (test) is not over yet"
+    state.activity = "an evaluation batch"
+    assert _delay(state) == "the evaluate phase (test) cannot leave an evaluation batch halfway"
+
+
 def test_calibrate_stops_in_calibration_and_energy_measurement(workspace: Workspace) -> None:
     for point, count, calls in (
         ("interrupted-calibrating", 5, 6),

@@ -156,12 +156,13 @@ def test_precision_hash_is_equal_across_methods_and_differs_across_precisions(
     hashes = {record(run)["hashes"]["precision"] for run in runs.values()}
     assert len(hashes) == 1 and len(hashes.pop()) == 64
 
-    def found(dtype: torch.dtype, **train: Any) -> str:
-        model, cpu = nn.Linear(3, 2).to(dtype), torch.device("cpu")
-        return hash_block(precision_of(model, TrainSection(**train), cpu))
+    def found(dtype: torch.dtype, labels: int = 2, **train: Any) -> str:
+        model, cpu = nn.Linear(3, labels).to(dtype), torch.device("cpu")
+        return hash_block(precision_of(model, TrainSection(**train), cpu).formats)
 
     plain = found(torch.float32)
     assert plain == found(torch.float32, learning_rate=1e-5)
+    assert plain == found(torch.float32, labels=3)
     others = [found(torch.bfloat16), found(torch.float32, bf16=True), found(torch.float16)]
     before = torch.get_float32_matmul_precision()
     try:
