@@ -171,8 +171,9 @@ def _roles(tables: Sequence[Table], columns: ColumnsSection) -> dict[str, str]:
         roles["label"] = columns.label or "label"
     else:
         roles |= {f"labels.{number}": name for number, name in enumerate(columns.labels)}
-    # A column that one of several files lacks is filled with None if each row names its columns.
-    for table in (part for whole in tables for part in whole.parts or (whole,)):
+    # Rows that name their columns themselves have None in a column that their whole file lacks.
+    ragged = (part for whole in tables for part in whole.parts if part.ragged)
+    for table in (*tables, *ragged):
         for role, column in roles.items():
             if column not in table.columns:
                 shown = role.partition(".")[0]

@@ -175,7 +175,7 @@ def test_errors_list_at_most_a_hundred_unknown_keys(tmp_path: Path) -> None:
         ("seed=4294967296", "less than 4294967296"),
         ("task.max_length=4294967296", "less than or equal to 2147483647"),
         (f"method.rank={'9' * 400}GiB", "match"),
-        ("output_dir=''", "at least 1"),
+        ("output_dir=''", "got an empty one"),
         ("output_dir=~nobody-of-that-name/x", "no such home"),
         ("task={name: csv, path: ~nobody-of-that-name/x}", "no such file"),
         (f"task={{name: csv, path: '{'x' * 5000}'}}", "no such file"),

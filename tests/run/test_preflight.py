@@ -156,10 +156,10 @@ def test_validate_finds_faults_in_small_files(cli: Cli, tmp_path: Path) -> None:
     path = csv_file(tmp_path / "data.csv")
     path.write_text(path.read_text() + "one more,\n")
     told = cli("validate", "task=csv", f"task.path={path}")
-    assert told.code == 1 and "data.csv:10" in told.flat
+    assert told.code == 2 and "data.csv:10" in told.flat
     (tmp_path / "folder").mkdir()
     told = cli("validate", "task=csv", f"task.path={tmp_path / 'folder'}")
-    assert told.code == 1 and "no training file" in told.flat
+    assert told.code == 2 and "no training file" in told.flat
 
 
 def test_validate_finds_chat_files_of_the_wrong_shape(cli: Cli, tmp_path: Path) -> None:
