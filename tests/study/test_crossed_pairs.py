@@ -123,7 +123,7 @@ def test_lost_or_damaged_answers_are_named_and_an_earlier_test_is_kept(tmp_path:
 
 
 def test_more_seeds_do_not_help_where_the_rows_decide(tmp_path: Path) -> None:
-    """All seeds answer alike, so that only the choice of rows varies."""
+    """All seeds give the same answers, so only the choice of rows varies."""
     entries = study(tmp_path, {"core": 0.75, "lora": 0.7}, seeds=1)
     more = []
     for entry in entries:
