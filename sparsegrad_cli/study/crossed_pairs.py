@@ -19,7 +19,7 @@ from sparsegrad_cli.records.run import RunRecord, TaskBlock
 from sparsegrad_cli.records.study import CellEntry, PairTest, PairTestsBlock
 from sparsegrad_cli.run.test_answers import TEST, Answer, read_answers
 from sparsegrad_cli.study.crossed import Crossed, Layout, crossed, layout, pseudo_values
-from sparsegrad_cli.study.pairs import holm_words, pairs_of
+from sparsegrad_cli.study.pairs import common_seeds, holm_words, pairs_of
 from sparsegrad_cli.study.rows import score_of
 from sparsegrad_cli.study.statistics import LEVEL, MOST_SEEDS, POWER, ROUNDING, holm
 
@@ -28,7 +28,6 @@ TEST_WORDS = (
     "degrees of freedom of Hillis 2007), two-sided, plain mean over tasks"
 )
 _CHECK = "none: this test has an interval of its own"
-_MIN_SEEDS = 2
 
 _Floats = npt.NDArray[np.float64]
 
@@ -235,11 +234,7 @@ def _pair(
     Raises:
         FileFormatError: their runs have different numbers of test rows.
     """
-    seeds: dict[str, list[int]] = {}
-    for task, seed in ours:
-        if (task, seed) in theirs:
-            seeds.setdefault(task, []).append(seed)
-    seeds = {task: common for task, common in seeds.items() if len(common) >= _MIN_SEEDS}
+    seeds = common_seeds(ours, theirs)
     if not seeds:
         return None
     layouts, signs = [], []

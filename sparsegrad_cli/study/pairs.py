@@ -13,7 +13,7 @@ large a difference may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -76,6 +76,21 @@ def pair_tests(cells: Sequence[CellEntry], row: str | None = None) -> PairTestsB
             for pair, p_holm in zip(pairs, adjusted, strict=True)
         ],
     )
+
+
+def common_seeds(
+    ours: Iterable[tuple[str, int]], theirs: Container[tuple[str, int]]
+) -> dict[str, list[int]]:
+    """Return task -> the seeds that both methods have finished, where these are two or more.
+
+    Args:
+        ours, theirs: the (task, seed) runs of each method.
+    """
+    seeds: dict[str, list[int]] = {}
+    for task, seed in ours:
+        if (task, seed) in theirs:
+            seeds.setdefault(task, []).append(seed)
+    return {task: common for task, common in seeds.items() if len(common) >= _MIN_SEEDS}
 
 
 def holm_words(pairs: int) -> str:
@@ -160,11 +175,7 @@ def _pair(
     a: str, b: str, ours: Scores, theirs: Scores, metrics: Mapping[str, str | None]
 ) -> _Pair | None:
     """Return a pair; None if the methods do not share two seeds of any task."""
-    seeds: dict[str, list[int]] = {}
-    for task, seed in ours:
-        if (task, seed) in theirs:
-            seeds.setdefault(task, []).append(seed)
-    seeds = {task: common for task, common in seeds.items() if len(common) >= _MIN_SEEDS}
+    seeds = common_seeds(ours, theirs)
     if not seeds:
         return None
     by_task = {t: [ours[t, s] - theirs[t, s] for s in common] for t, common in seeds.items()}
